@@ -1,0 +1,111 @@
+"""Proves that nothing persistent is float: `python -m arbitor.audit CONFIG [key.path=value ...]`.
+
+Trains one step on made-up symbols, then lists every tensor that is still alive in the process. Bits
+per weight follow design figure 16.125 + 48/K + 16/N and 48 bits a matrix (tensor moment and count).
+"""
+
+import gc
+import sys
+import warnings
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from arbitor.batch import SlotBatch
+from arbitor.errors import UserError
+from arbitor.kernel.latent_update.reference import TernaryState
+from arbitor.main import ARBModel, ModelConfig
+from arbitor.optimizer import TernaryOptimizer, UpdateConfig
+from arbitor.settings import build, read_yaml, section
+from arbitor.trainer import train_step
+from arbitor.vocab import NUM_BYTES
+
+
+@dataclass(frozen=True)
+class LiveTensor:
+    """One tensor that outlives a step; `name` is empty if no module owns it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    num_bytes: int
+
+    @property
+    def is_float(self) -> bool:
+        return self.dtype.is_floating_point or self.dtype.is_complex
+
+
+def main() -> None:
+    try:
+        sys.exit(audit_command(sys.argv[1:]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def audit_command(arguments: list[str]) -> int:
+    """Prints the audit of a configuration's model; 1 if a float persists, else 0."""
+    if len(arguments) != 1:
+        raise UserError("expected one CONFIG file: python -m arbitor.audit CONFIG")
+    values = read_yaml(arguments[0])
+    model = ARBModel(build(ModelConfig, section(values, "model"), "model"), seed=0)
+    optimizer = one_step(model, build(UpdateConfig, section(values, "update"), "update"))
+    tensors = live_tensors(model)
+    print(report(model, tensors))
+    floats = [tensor for tensor in tensors if tensor.is_float]
+    for tensor in floats:
+        print(f"FLOAT: {tensor.name or 'a tensor no module owns'} {tensor.shape} {tensor.dtype}")
+    del optimizer
+    return 1 if floats else 0
+
+
+def one_step(model: ARBModel, config: UpdateConfig) -> TernaryOptimizer:
+    """Trains one step of one slot, so that everything which persists has come into being."""
+    optimizer = TernaryOptimizer(model, config, total_steps=1, slots_per_step=1, seed=0)
+    symbols = np.random.default_rng(0).integers(0, NUM_BYTES, (2, 17), dtype=np.uint16)
+    batch = SlotBatch.from_symbols(symbols, step=0, slot=0, source="audit", modality="text")
+    train_step(model, optimizer, 0, [batch])
+    return optimizer
+
+
+def live_tensors(model: ARBModel) -> list[LiveTensor]:
+    """Every tensor object alive in this process, the model's own first and by name."""
+    gc.collect()
+    names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated modules warn when their attributes are read
+        alive = [item for item in gc.get_objects() if issubclass(type(item), Tensor)]
+    tensors = [
+        LiveTensor(names.get(id(t), ""), tuple(t.shape), t.dtype, t.numel() * t.element_size())
+        for t in alive
+    ]
+    return sorted(tensors, key=lambda tensor: (not tensor.name, tensor.name))
+
+
+def report(model: ARBModel, tensors: list[LiveTensor]) -> str:
+    """The table of live tensors and the bits per weight of every ternary matrix."""
+    lines = [f"{'tensor':<58} {'shape':>14} {'dtype':>8} {'bytes':>12}"]
+    for tensor in tensors:
+        shape = "x".join(map(str, tensor.shape))
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        lines.append(f"{tensor.name or '-':<58} {shape:>14} {dtype:>8} {tensor.num_bytes:>12,}")
+    lines += ["", f"{'ternary matrix':<58} {'N x K':>14} {'bits per weight':>21}"]
+    for name, weight in model.ternary_weights():
+        shape = f"{weight.num_rows}x{weight.num_cols}"
+        lines.append(f"{name:<58} {shape:>14} {bits_per_weight(weight.state()):>21.3f}")
+    weights = sum(weight.latent.numel() for _, weight in model.ternary_weights())
+    total_bytes = sum(tensor.num_bytes for tensor in tensors)
+    lines.append(f"\n{weights:,} weights, {total_bytes:,} bytes persist")
+    return "\n".join(lines)
+
+
+def bits_per_weight(state: TernaryState) -> float:
+    """All state of one matrix over its number of weights."""
+    tensors = [getattr(state, field.name) for field in fields(TernaryState)]
+    return 8 * sum(t.numel() * t.element_size() for t in tensors) / state.latent.numel()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""Slots through Ray Data: windows are read and packed in tasks, ahead of the training loop.
+
+Inside the train function of each worker, so that restarts and resizes need no coordinator:
+window tasks in order of first use, generated lazily -> `decode_windows` in a few parallel tasks,
+one row a window -> the worker keeps each lane's window and slices it as the plan walks. Every
+window that arrives is checked against the plan, in case the order or the content is not the plan's.
+
+The options here are not Ray's defaults; each of them was found necessary (order, one window a
+block, no wait for CPUs that the trainers hold).
+"""
+
+import json
+import logging
+import pickle
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import ray
+from ray.data import DataContext, ExecutionOptions, ExecutionResources, TaskPoolStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from data_pipeline.pack import PackedSlot, PackedWindow
+from data_pipeline.plan import WindowKey
+from data_pipeline.read import ShardError
+from data_pipeline.run_data import RunData, WindowTask, slots_from
+
+PARALLEL_TASKS = 2  # a rank; they take no logical CPUs, so they must fit beside the trainer
+TASK_SYMBOLS = 8 << 20  # decoded in over 100 ms, against Ray Data's 10 ms a task
+WINDOWS_PER_TASK = 16  # at most
+OBJECT_STORE_BYTES = 1 << 30  # how far the tasks may run ahead, a rank
+
+
+class StreamError(RuntimeError):
+    """Ray Data did not deliver what the plan asked for. The run must not go on."""
+
+
+def stream_slots(
+    run_data: RunData, start: int, stop: int, rank: int, world: int
+) -> Iterator[PackedSlot]:
+    """The same slots as `read_slots`, read ahead by Ray Data on this node. Ray must be running.
+
+    Closing the iterator ends its tasks. Raises ShardError as `read_slots` does, StreamError where
+    a window is not the one that the plan expects.
+    """
+    tables = iter(_windows(run_data, start, stop, rank, world))
+
+    def pull(key: WindowKey) -> PackedWindow:
+        table = next(tables, None)
+        if table is None:
+            raise StreamError(f"the stream ended where {key} was expected")
+        return _unpack(table, run_data.task(key))
+
+    try:
+        yield from slots_from(pull, run_data, start, stop, rank, world)
+    finally:
+        tables.close()
+
+
+def decode_windows(batch: pa.Table) -> Iterator[pa.Table]:
+    """One row a window of the batch's tasks; a shard's fault is sent along, not raised.
+
+    Raised in a task it would reach the trainer wrapped in Ray's own error and trace.
+    """
+    for task in pickle.loads(batch["tasks"][0].as_py()):
+        header = {"key": task.key, "digest": "", "error": ""}
+        try:
+            window, header["digest"] = task.read()
+        except ShardError as error:
+            header["error"], window = str(error), None
+        yield _row(header, window)
+
+
+_ARRAYS = {
+    "sequences": np.uint16,
+    "sequence_order": np.int64,
+    "row_ids": np.int64,
+    "row_starts": np.int64,
+}
+
+
+def _row(header: dict, window: PackedWindow | None) -> pa.Table:
+    columns = [_cell(getattr(window, name, np.empty(0))) for name in _ARRAYS]
+    return pa.table([pa.array([json.dumps(header)]), *columns], ["header", *_ARRAYS])
+
+
+def _cell(array: np.ndarray) -> pa.Array:
+    """One large_binary value with the array's bytes, without a copy."""
+    offsets = pa.py_buffer(np.array([0, array.nbytes], np.int64))
+    return pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, pa.py_buffer(array)])
+
+
+def _unpack(table: pa.Table, expected: WindowTask) -> PackedWindow:
+    """The window in `table` without a copy, once its header is what the plan says."""
+    header = json.loads(table["header"][0].as_py())
+    if header["error"]:
+        raise ShardError(header["error"])
+    found = WindowKey(*header["key"])
+    if found != expected.key:
+        raise StreamError(f"the stream brought {found} where {expected.key} was expected")
+    if header["digest"] != expected.digest:
+        raise StreamError(f"{found} came with other rows than were indexed")
+    arrays = {
+        name: np.frombuffer(table[name][0].as_buffer(), dtype) for name, dtype in _ARRAYS.items()
+    }
+    arrays["sequences"] = arrays["sequences"].reshape(-1, expected.sequence_length + 1)
+    return PackedWindow(**arrays)
+
+
+def _windows(run_data: RunData, start: int, stop: int, rank: int, world: int) -> Iterator[pa.Table]:
+    """A table of one row a window, in the order of the plan."""
+
+    def list_tasks(_: pa.Table) -> Iterator[pa.Table]:
+        batch = []
+        for key in run_data.plan.windows(start, stop, rank, world):
+            batch.append(run_data.task(key))
+            if len(batch) == windows_per_task:
+                yield pa.table({"tasks": [pickle.dumps(batch)]})
+                batch = []
+        if batch:
+            yield pa.table({"tasks": [pickle.dumps(batch)]})
+
+    windows_per_task = _windows_per_task(run_data)
+    node = ray.get_runtime_context().get_node_id()
+    options = {
+        "batch_size": None,
+        "batch_format": "pyarrow",
+        "num_cpus": 0,  # trainers may hold every logical CPU: a task that needs one waits for ever
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=True),
+        "max_retries": 3,  # Ray Data's default is to retry a crashing task for ever
+    }
+    _silence_ray_data()
+    with DataContext.current(_context()):
+        dataset = (
+            ray.data.from_items([{"start": start}], override_num_blocks=1)
+            .map_batches(list_tasks, compute=TaskPoolStrategy(size=1), **options)
+            .map_batches(decode_windows, compute=TaskPoolStrategy(size=PARALLEL_TASKS), **options)
+        )
+    batches = dataset.iterator().iter_batches(
+        batch_size=None, batch_format="pyarrow", prefetch_batches=2 * PARALLEL_TASKS
+    )
+    return iter(batches)
+
+
+def _context() -> DataContext:
+    context = DataContext.get_current().copy()
+    context.target_max_block_size = 1  # a block is one row, so no window is merged with another
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_options = ExecutionOptions(
+        preserve_order=True,
+        resource_limits=ExecutionResources.for_limits(object_store_memory=OBJECT_STORE_BYTES),
+    )
+    return context
+
+
+def _silence_ray_data() -> None:
+    """What Ray Data says at every start about choices that are made here on purpose."""
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    for message in ("`ray_remote_args` is deprecated", "The maximum number of concurrent tasks"):
+        warnings.filterwarnings("ignore", message)
+
+
+def _windows_per_task(run_data: RunData) -> int:
+    symbols = sum(manifest.symbols for manifest in run_data.manifests.values())
+    windows = sum(map(len, run_data.windows.values()))
+    return max(1, min(WINDOWS_PER_TASK, TASK_SYMBOLS * windows // symbols))

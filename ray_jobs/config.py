@@ -1,0 +1,182 @@
+"""RunConfig: everything a run is made of; defaults < YAML < `key.path=value` < the classic flags."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from arbitor.errors import UserError
+from arbitor.kernel.backend import BACKENDS
+from arbitor.main import ModelConfig
+from arbitor.modality import MODALITIES
+from arbitor.optimizer import UpdateConfig
+from arbitor.settings import build, parse_value, read_yaml
+from data_pipeline.schema import DataConfig
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How many workers share the slots of a step, and what each of them runs on."""
+
+    num_workers: int = 1
+    use_gpu: bool = False
+    # The number of threads changes the bits of a float sum: it belongs to the run, not to the host.
+    threads_per_worker: int = 2
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """Where MLflow keeps the losses; no URI means SQLite beside the run folders."""
+
+    uri: str = ""
+    experiment: str = "arbitor"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run; it lives in the folder `storage/name`."""
+
+    name: str
+    storage: str = "runs"  # made absolute: workers do not run where the command was typed
+    seed: int = 0
+    steps: int = 1000
+    backend: str = "auto"
+    log_interval: int = 10
+    eval_interval: int = 200  # 0 = never; otherwise also after the last step
+    save_interval: int = 200  # 0 = only after the last step
+    save: bool = True
+    model: ModelConfig = field(default_factory=ModelConfig)
+    update: UpdateConfig = field(default_factory=UpdateConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    scaling: Scaling = field(default_factory=Scaling)
+    tracking: Tracking = field(default_factory=Tracking)
+
+    def validate(self) -> None:
+        smallest = {"steps": 1, "log_interval": 1, "eval_interval": 0, "save_interval": 0}
+        for name, minimum in smallest.items():
+            if getattr(self, name) < minimum:
+                raise UserError(f"{name}: expected at least {minimum}, got {getattr(self, name)}")
+        if not self.name or "/" in self.name or self.name.startswith("."):
+            raise UserError(f"name: expected a folder name without '/', got {self.name!r}")
+        if self.backend not in BACKENDS:
+            raise UserError(f"backend: expected one of {', '.join(BACKENDS)}, got {self.backend!r}")
+        for name in ("num_workers", "threads_per_worker"):
+            if getattr(self.scaling, name) < 1:
+                raise UserError(f"scaling.{name}: expected at least 1")
+        if self.scaling.num_workers > self.data.slots_per_step:
+            raise UserError(
+                f"scaling.num_workers: {self.scaling.num_workers} workers cannot share"
+                f" {self.data.slots_per_step} slots a step; lower it or raise data.slots_per_step"
+            )
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.storage) / self.name
+
+    def values(self) -> dict[str, Any]:
+        """Plain data from which `build(RunConfig, ...)` makes an equal object."""
+        return asdict(self)
+
+
+# The classic flags are aliases of configuration keys.
+_FLAGS = {
+    "--steps": ("steps", "optimizer steps"),
+    "--batch": ("data.batch_size", "sequences in a slot"),
+    "--ctx": ("data.sequence_length", "positions in a sequence"),
+    "--run": ("name", "name of the run and of its folder"),
+    "--backend": ("backend", f"one of {', '.join(BACKENDS)}"),
+    "--log-interval": ("log_interval", "steps between console lines"),
+    "--eval-interval": ("eval_interval", "steps between evaluations, 0 = never"),
+    "--save-interval": ("save_interval", "steps between checkpoints, 0 = only at the end"),
+    "--seed": ("seed", "seed of data order and weights"),
+}
+_SWITCHES = {
+    "--no-save": ({"save": False}, "write no checkpoint"),
+    "--no-vq": ({"model.enable_vq": False}, "without the VQ bridge"),
+    "--no-graph": ({"model.enable_graph": False}, "without MoEGraph"),
+    "--no-moe": ({"model.enable_moe": False}, "without experts"),
+    "--no-attention": ({"model.enable_attention": False}, "without attention"),
+    "--enable-output-router": ({"model.enable_output_router": True}, "with the output router"),
+    "--full-text-stack": (
+        {f"model.enable_{part}": True for part in ("vq", "graph", "moe", "attention")},
+        "with VQ bridge, MoEGraph, experts and attention",
+    ),
+}
+
+
+def load_run_config(
+    job: str, arguments: Sequence[str], defaults: Mapping[str, Any], about: str
+) -> RunConfig:
+    """The configuration that a job's command line asks for.
+
+    `defaults` stand in for the YAML file when none is named. The run's name is `--run`, else the
+    file's, else the job's.
+    """
+    options = _parser(job, about).parse_intermixed_args(arguments)
+    files = [word for word in options.words if "=" not in word]
+    if len(files) > 1:
+        raise UserError(f"expected one CONFIG file, got {' and '.join(files)}")
+    values = read_yaml(files[0]) if files else _copy(defaults)
+    values.setdefault("name", Path(files[0]).stem if files else job)
+    for word in options.words:
+        if "=" in word:
+            path, text = word.split("=", 1)
+            _set(values, path, parse_value(text))
+    for flag, value in vars(options).items():
+        if value is not None and flag != "words":
+            _apply_flag(values, "--" + flag.replace("_", "-"), value)
+    values["storage"] = str(Path(str(values.get("storage") or RunConfig.storage)).absolute())
+    return build(RunConfig, values)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; `python -m ray_jobs.{self.prog} --help` lists what it takes")
+
+
+def _parser(job: str, about: str) -> argparse.ArgumentParser:
+    parser = _Parser(prog=job, description=about, allow_abbrev=False)
+    parser.add_argument(
+        "words", nargs="*", metavar="CONFIG | key.path=value", help="a YAML file, and overrides"
+    )
+    for flag, (path, meaning) in _FLAGS.items():
+        parser.add_argument(flag, metavar="X", help=f"{meaning} ({path})")
+    for flag, (_, meaning) in _SWITCHES.items():
+        parser.add_argument(flag, action="store_true", default=None, help=meaning)
+    for modality in MODALITIES:
+        source = f"data.sources.{modality}"
+        parser.add_argument(f"--{modality}-data", metavar="PATH", help=f"{source}.path")
+        parser.add_argument(f"--{modality}-weight", metavar="W", help=f"{source}.weight")
+    return parser
+
+
+def _apply_flag(values: dict[str, Any], flag: str, value: Any) -> None:
+    if flag in _SWITCHES:
+        for path, setting in _SWITCHES[flag][0].items():
+            _set(values, path, setting)
+    elif flag in _FLAGS:
+        _set(values, _FLAGS[flag][0], value if flag == "--run" else parse_value(value))
+    else:
+        modality, key = flag.removeprefix("--").split("-")
+        path = f"data.sources.{modality}"
+        _set(values, f"modality", modality)
+        if key == "data":
+            _set(values, f"path", value)
+        else:
+            _set(values, f"weight", parse_value(value))
+
+
+def _set(values: dict[str, Any], path: str, value: Any) -> None:
+    *sections, key = path.split(".")
+    for section in sections:
+        if values.get(section) is None:
+            values[section] = {}
+        values = values[section]
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: {section} is a value, not a section")
+    values[key] = value
+
+
+def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: _copy(v) if isinstance(v, Mapping) else v for k, v in values.items()}

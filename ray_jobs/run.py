@@ -1,0 +1,140 @@
+"""The life of a run: folder, data, Ray, workers, the end. One path for laptops and clusters."""
+
+import logging
+import os
+import sys
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+import ray.train
+from ray.train.torch import TorchTrainer
+
+from arbitor.checkpoint import newest_checkpoint, read_manifest
+from arbitor.errors import UserError
+from arbitor.settings import build, read_yaml, write_yaml
+from data_pipeline.index import index_sources
+from data_pipeline.manifest import manifests_to_json
+from ray_jobs.config import RunConfig, load_run_config
+from ray_jobs.console import Console
+from ray_jobs.journal import JournalReader
+from ray_jobs.tracking import Tracker, flatten
+from ray_jobs.worker import CHECKPOINTS, DATA_MANIFEST, run_worker
+
+CONFIG = "config.yaml"
+
+# A run that goes on may change these; everything else decides its bits.
+_MAY_CHANGE = """
+steps log_interval eval_interval save_interval save tracking storage
+""".split()
+
+
+def main(job: str, about: str, defaults: Mapping[str, Any]) -> None:
+    """The entry point of a job: reads the command line, runs, exits 2 on a user's mistake."""
+    exit_on_user_error(lambda: run(load_run_config(job, sys.argv[1:], defaults, about)))
+
+
+def exit_on_user_error(work: Callable[[], Any]) -> None:
+    try:
+        work()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def run(config: RunConfig) -> None:
+    """Trains to the last step, or goes on with an unfinished run of the same configuration."""
+    done = prepare_folder(config)
+    if done >= config.steps:
+        print(f"run {config.name} is finished: {done} steps in {config.folder}")
+        return
+    manifests = index_sources(config.data, sample_folder=config.folder.parent / "samples")
+    (config.folder / DATA_MANIFEST).write_text(manifests_to_json(manifests))
+    console, tracker = Console(config), Tracker(config)
+    status = "FAILED"
+    try:
+        with ray_cluster(config):
+            train_on_ray(config)
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        console.finish()
+        tracker.finish(status)
+    print(closing_lines(config, tracker.uri))
+
+
+def prepare_folder(config: RunConfig) -> int:
+    """Makes the run's folder or checks that it belongs to this configuration; the steps done."""
+    path = config.folder / CONFIG
+    if not path.exists():
+        config.folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(write_yaml(config.values()))
+        return 0
+    before = dict(flatten(build(RunConfig, read_yaml(path)).values()))
+    now = dict(flatten(config.values()))
+    changed = [
+        f"{key} {before.get(key)!r} -> {now.get(key)!r}"
+        for key in sorted(before | now)
+        if before.get(key) != now.get(key) and key.split(".")[0] not in _MAY_CHANGE
+    ]
+    if changed:
+        raise UserError(
+            f"{config.folder}: holds a run of another configuration ({'; '.join(changed)});"
+            " give --run another name, or delete the folder"
+        )
+    path.write_text(write_yaml(config.values()))
+    newest = newest_checkpoint(config.folder / CHECKPOINTS)
+    return read_manifest(newest).step if newest else 0
+
+
+@contextmanager
+def ray_cluster(config: RunConfig) -> Iterator[None]:
+    """The cluster that this process is in or that RAY_ADDRESS names; else one on this machine."""
+    if ray.is_initialized():
+        yield
+        return
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=False)
+    else:
+        cpus = max(os.cpu_count() or 1, config.scaling.num_workers)
+        ray.init(
+            "local", num_cpus=cpus, include_dashboard=False, log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def train_on_ray(config: RunConfig) -> None:
+    trainer = TorchTrainer(
+        run_worker,
+        train_loop_config=config.values(),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.scaling.num_workers, use_gpu=config.scaling.use_gpu
+        ),
+        run_config=ray.train.RunConfig(
+            name="attempt-" + uuid.uuid4().hex[:8], storage_path=str(config.folder / "ray")
+        ),
+    )
+    trainer.fit()
+
+
+def closing_lines(config: RunConfig, tracking_uri: str) -> str:
+    """Where the run went and how to look at it."""
+    records = list(JournalReader(config.folder).read())
+    first, last = records[0].metrics, records[-1].metrics
+    lines = [f"{len(records)} steps done; loss {first['loss/total']:.4f} -> {last['loss/total']:.4f}"]
+    lines += [
+        f"{key.replace('/', ' of ')}: {value:.4f} nats per symbol"
+        for key, value in last.items()
+        if key.startswith("validation/")
+    ]
+    lines.append(f"run folder: {config.folder}")
+    lines.append(f"dashboard:  mlflow ui --backend-store-uri {tracking_uri}")
+    return "\n".join(lines)

@@ -1,0 +1,186 @@
+"""One worker of a run: builds the model, wires data to the loop, writes the journal and checkpoints."""
+
+import math
+import platform
+from collections import defaultdict
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed
+
+from arbitor.batch import SlotBatch
+from arbitor.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from arbitor.kernel.backend import resolve_backend
+from arbitor.main import ARBModel
+from arbitor.modality import BYTE_MODALITIES
+from arbitor.optimizer import TernaryOptimizer
+from arbitor.settings import build
+from arbitor.trainer import StepReport, evaluate, train
+from data_pipeline.manifest import manifests_from_json
+from data_pipeline.pack import PackedSlot
+from data_pipeline.run_data import RunData, held_out_slots
+from data_pipeline.stream import stream_slots
+from ray_jobs.config import RunConfig
+from ray_jobs.journal import Journal
+
+CHECKPOINTS = "checkpoints"
+DATA_MANIFEST = "data.json"
+
+
+def run_worker(values: dict[str, Any]) -> None:
+    """The function that every Ray Train worker runs; `values` are those of the `RunConfig`."""
+    config = build(RunConfig, values)
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    device = ray.train.torch.get_device()
+    set_conditions(config)
+    resolve_backend(config.backend)
+
+    data = open_run_data(config)
+    model = ARBModel(config.model, config.seed)
+    start = resume(model, config, data)
+    model.to(device)
+    optimizer = TernaryOptimizer(
+        model,
+        config.update,
+        total_steps=config.steps,
+        slots_per_step=config.data.slots_per_step,
+        seed=config.seed,
+        all_reduce=torch.distributed.all_reduce if world > 1 else None,
+    )
+    slots = stream_slots(data, start, config.steps, rank, world)
+    recorder = Recorder(config, data, model) if rank == 0 else None
+    train(model, optimizer, by_step(slots, device), recorder or ignore)
+    if recorder:
+        recorder.close()
+
+
+def open_run_data(config: RunConfig) -> RunData:
+    """The run's data as its index, which the driver left in the run folder, describes it."""
+    manifests = manifests_from_json((config.folder / DATA_MANIFEST).read_text())
+    return RunData(config.data, manifests, config.seed)
+
+
+def set_conditions(config: RunConfig) -> None:
+    """What the bits of a slot's gradient depend on is fixed here, never left to the host."""
+    torch.set_num_threads(config.scaling.threads_per_worker)
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def conditions(config: RunConfig) -> dict[str, Any]:
+    """The conditions under which a run's bits repeat, for the checkpoint's manifest."""
+    on_gpu = config.scaling.use_gpu
+    return {
+        "device": torch.cuda.get_device_name() if on_gpu else torch.backends.cpu.get_cpu_capability(),
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "threads_per_worker": config.scaling.threads_per_worker,
+    }
+
+
+def resume(model: ARBModel, config: RunConfig, data: RunData) -> int:
+    """Loads the newest valid checkpoint of the run, if it has one; the number of steps done."""
+    folder = newest_checkpoint(config.folder / CHECKPOINTS)
+    if folder is None:
+        return 0
+    manifest, tensors = load_checkpoint(folder)
+    if manifest.plan_fingerprint != data.fingerprint:
+        raise RuntimeError(f"{folder}: was made with other data or another plan; cannot go on")
+    model.load_state_dict(tensors)
+    return manifest.step
+
+
+def by_step(
+    slots: Iterator[PackedSlot], device: torch.device
+) -> Iterator[tuple[int, list[SlotBatch]]]:
+    """This worker's slots, gathered by step."""
+    for step, group in groupby(slots, key=lambda slot: slot.step):
+        yield step, [to_batch(slot, device) for slot in group]
+
+
+def to_batch(slot: PackedSlot, device: torch.device) -> SlotBatch:
+    return SlotBatch.from_symbols(
+        slot.symbols,
+        step=slot.step,
+        slot=slot.slot,
+        source=slot.source,
+        modality=slot.modality,
+        device=device,
+    )
+
+
+def ignore(report: StepReport) -> None:
+    """What workers other than the first do with a report."""
+
+
+class Recorder:
+    """Worker 0's account of the run: journal, validation and checkpoints at their intervals."""
+
+    def __init__(self, config: RunConfig, data: RunData, model: ARBModel):
+        self.config, self.data, self.model = config, data, model
+        self.journal = Journal(config.folder)
+        device = next(model.buffers()).device
+        self.held_out = {
+            source: [to_batch(slot, device) for slot in held_out_slots(data, source)]
+            for source in data.manifests
+        }
+
+    def __call__(self, report: StepReport) -> None:
+        done = report.step + 1
+        metrics = self.step_metrics(report)
+        if self._due(done, self.config.eval_interval) and self.config.eval_interval:
+            metrics |= self.validation_metrics()
+        self.journal.append(done, metrics)
+        if self.config.save and self._due(done, self.config.save_interval):
+            self.save(done)
+
+    def _due(self, done: int, interval: int) -> bool:
+        return done == self.config.steps or (interval > 0 and done % interval == 0)
+
+    def step_metrics(self, report: StepReport) -> dict[str, float]:
+        """Losses of the sources that the step served, and how it went."""
+        losses: dict[str, list[float]] = defaultdict(list)
+        for slot in self.data.plan.step(report.step):
+            losses[slot.source].append(report.update.losses[slot.slot])
+        all_losses = report.update.losses
+        data = self.config.data
+        positions = data.slots_per_step * data.batch_size * data.sequence_length
+        return {
+            "loss/total": math.fsum(all_losses) / len(all_losses),
+            **{f"loss/{source}": math.fsum(v) / len(v) for source, v in losses.items()},
+            "throughput/positions_per_s": positions / report.seconds,
+            "throughput/data_wait_pct": 100 * report.data_wait_seconds / report.seconds,
+            "ternary/flip_rate": report.update.flip_rate,
+            "ternary/zero_fraction": report.update.zero_fraction,
+            "ternary/clipped_fraction": report.update.clipped_fraction,
+        }
+
+    def validation_metrics(self) -> dict[str, float]:
+        """Mean loss over each source's fixed held-out slots."""
+        metrics = {}
+        for source, batches in self.held_out.items():
+            if batches:
+                loss = evaluate(self.model, batches)
+                metrics[f"validation/{source}"] = loss
+                if self.config.data.sources[source].modality in BYTE_MODALITIES:
+                    metrics[f"bits_per_byte/{source}"] = loss / math.log(2)
+        return metrics
+
+    def save(self, done: int) -> Path:
+        return save_checkpoint(
+            self.config.folder / CHECKPOINTS,
+            self.model.state_dict(),
+            step=done,
+            config=self.config.values(),
+            plan_fingerprint=self.data.fingerprint,
+            conditions=conditions(self.config),
+        )
+
+    def close(self) -> None:
+        self.journal.close()

@@ -1,0 +1,113 @@
+"""ARBModel: no leaks, gradients against a float model, what is built."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from arbitor.attention.mla import rotate
+from arbitor.batch import NO_TARGET, SlotBatch
+from arbitor.errors import UserError
+from arbitor.kernel.ternary_scale import TernaryEmbedding, TernaryLinear
+from arbitor.main import ARBModel, ModelConfig
+from arbitor.settings import build
+from arbitor.vocab import PADDING
+
+TINY = ModelConfig(width=64, num_layers=2, head_width=32, rotary_width=16)
+ATTENTION = ModelConfig(
+    width=64, num_layers=2, head_width=32, rotary_width=16, enable_attention=True
+)
+
+
+@pytest.mark.parametrize("config", [TINY, ATTENTION])
+def test_changing_a_position_changes_nothing_before_it_nor_in_other_rows(config):
+    model = ARBModel(config, seed=1)
+    symbols = torch.randint(0, 256, (3, 40), generator=torch.Generator().manual_seed(0))
+    changed = symbols.clone()
+    changed[1, 25] = (changed[1, 25] + 1) % 256
+    with torch.no_grad():
+        before, after = model.logits(symbols), model.logits(changed)
+    assert torch.equal(before[[0, 2]], after[[0, 2]])
+    assert torch.equal(before[1, :25], after[1, :25])
+    assert not torch.equal(before[1, 25], after[1, 25])
+    if config.enable_attention:  # further than the window of three sees
+        assert not torch.equal(before[1, 35:], after[1, 35:])
+
+
+def test_linear_gradients_follow_the_straight_through_float_model():
+    linear = TernaryLinear(96, 40, "fp8")
+    linear.initialize(seed=3, name="linear")
+    x = torch.randn(64, 96, requires_grad=True)
+    grad = torch.randn(64, 40)
+    linear(x).backward(grad.bfloat16())
+
+    weight = (linear.operand().float() * linear.row_scale().unsqueeze(1)).requires_grad_()
+    reference_x = x.detach().clone().requires_grad_()
+    F.linear(F.rms_norm(reference_x, (96,), eps=1e-6), weight).backward(grad)
+    # e4m3 rounds at most 2^-4 of an entry, without bias: over 40 and 64 terms far less remains.
+    for ours, exact in ((x.grad, reference_x.grad), (linear.slot_gradient, weight.grad)):
+        assert (ours - exact).norm() / exact.norm() < 0.04
+        assert F.cosine_similarity(ours.flatten(), exact.flatten(), dim=0) > 0.999
+
+
+def test_a_weight_that_is_used_twice_sums_its_gradients():
+    linear = TernaryLinear(32, 32, "fp8")
+    linear.initialize(seed=3, name="linear")
+    x = torch.randn(8, 32, requires_grad=True)
+    linear(x).sum().backward()
+    once = linear.slot_gradient
+    linear.slot_gradient = None
+    (linear(x) + linear(x)).sum().backward()
+    assert torch.equal(linear.slot_gradient, once + once)
+
+
+def test_embedding_gradient_sums_over_a_symbols_positions():
+    table = TernaryEmbedding(5, 16)
+    table.initialize(seed=0, name="table")
+    indices = torch.tensor([[1, 3, 1], [4, 1, 3]])
+    out = table(indices)
+    grad = torch.randn(2, 3, 16)
+    out.backward(grad.bfloat16())
+    expected = torch.zeros(5, 16).index_add_(
+        0, indices.flatten(), grad.bfloat16().float().flatten(0, 1)
+    )
+    assert torch.equal(table.slot_gradient, expected)
+    assert torch.equal(out[0, 0], out[0, 2])
+
+
+def test_rotation_keeps_norms_and_depends_on_distance_alone():
+    query, key = torch.randn(1, 12, 16), torch.randn(1, 12, 16)
+    query, key = query[:, :1].expand(1, 12, 16), key[:, :1].expand(1, 12, 16)
+    # float32 rounding of 8 rotated pairs.
+    torch.testing.assert_close(rotate(query).norm(dim=-1), query.norm(dim=-1), rtol=1e-5, atol=0)
+    products = rotate(query)[0] @ rotate(key)[0].T
+    torch.testing.assert_close(products[3, 1], products[9, 7], rtol=1e-4, atol=1e-4)
+
+
+def test_padding_is_never_a_target():
+    symbols = np.array([[7, 8, PADDING], [9, PADDING, PADDING]], np.uint16)
+    batch = SlotBatch.from_symbols(symbols, step=0, slot=0, source="s", modality="text")
+    assert batch.targets_BT.tolist() == [[8, NO_TARGET], [NO_TARGET, NO_TARGET]]
+    assert batch.symbols_BT.tolist() == [[7, 8], [9, PADDING]]
+
+
+def test_the_seed_and_the_name_decide_a_weights_start():
+    one, two, other = ARBModel(TINY, seed=1), ARBModel(ATTENTION, seed=1), ARBModel(TINY, seed=2)
+    shared = set(one.state_dict()) & set(two.state_dict())
+    assert {n for n, _ in one.ternary_weights()} <= {n for n, _ in two.ternary_weights()}
+    assert all(torch.equal(one.state_dict()[n], two.state_dict()[n]) for n in shared)
+    assert not torch.equal(one.byte_head.projection.latent, other.byte_head.projection.latent)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"width": 0}, "model.width: expected at least 1"),
+        ({"activation": "fp4"}, "model.activation: expected one of fp8, int8, got 'fp4'"),
+        ({"rotary_width": 64}, "model.rotary_width: expected an even number below head_width"),
+        ({"enable_vq": True, "enable_moe": True}, "not built yet: VQ bridge, MoE"),
+    ],
+)
+def test_a_shape_that_cannot_be_built_names_the_key(values, message):
+    with pytest.raises(UserError, match=message):
+        build(ModelConfig, values, "model")
