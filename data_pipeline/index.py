@@ -5,7 +5,6 @@ once; threads, because reading and hashing leave the interpreter free.
 """
 
 import glob
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -75,7 +74,9 @@ def find_shards(key: str, path: str) -> list[str]:
         problem = f"no file matches {path}; mend the pattern"
     else:
         raise UserError(f"{key}: {path} does not exist; give a file, a folder or a glob")
-    shards = sorted(str(file.absolute()) for file in found if file.is_file() and _size(file))
+    shards = sorted(
+        str(file.absolute()) for file in found if file.is_file() and file.stat().st_size
+    )
     if not shards:
         raise UserError(f"{key}: {problem}")
     return shards
@@ -85,17 +86,16 @@ def _is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _size(path: Path) -> int:
-    return os.path.getsize(path)
-
-
 def _index_shard(number: int, path: str, text_column: str) -> list[Segment]:
-    shard = open_shard(path, text_column)
     segments = []
-    for group in shard.groups():
-        rows = shard.read(group)
-        for start, stop in _row_ranges(rows):
-            segments.append(_segment(number, group, rows, start, stop))
+    try:
+        shard = open_shard(path, text_column)
+        for group in shard.groups():
+            rows = shard.read(group)
+            for start, stop in _row_ranges(rows):
+                segments.append(_segment(number, group, rows, start, stop))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); mend it") from error
     return segments
 
 

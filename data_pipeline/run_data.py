@@ -39,7 +39,9 @@ class RunData:
     @cached_property
     def windows(self) -> dict[str, Windows]:
         """The training segments of each window of each source."""
-        return {name: self._cut(m.train_segments) for name, m in self.manifests.items()}
+        return {
+            name: self._cut(self.manifests[name].train_segments) for name in sorted(self.manifests)
+        }
 
     @cached_property
     def plan(self) -> Plan:
@@ -56,7 +58,7 @@ class RunData:
             self.plan.fingerprint,
             self.config.batch_size,
             self.config.sequence_length,
-            [[name, manifest.fingerprint] for name, manifest in self.manifests.items()],
+            [[name, self.manifests[name].fingerprint] for name in sorted(self.manifests)],
         ]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 

@@ -31,6 +31,13 @@ TASK_SYMBOLS = 8 << 20  # decoded in over 100 ms, against Ray Data's 10 ms a tas
 WINDOWS_PER_TASK = 16  # at most
 OBJECT_STORE_BYTES = 1 << 30  # how far the tasks may run ahead, a rank
 
+_ARRAYS = {
+    "sequences": np.uint16,
+    "sequence_order": np.int64,
+    "row_ids": np.int64,
+    "row_starts": np.int64,
+}
+
 
 class StreamError(RuntimeError):
     """Ray Data did not deliver what the plan asked for. The run must not go on."""
@@ -70,14 +77,6 @@ def decode_windows(batch: pa.Table) -> Iterator[pa.Table]:
         except ShardError as error:
             header["error"], window = str(error), None
         yield _row(header, window)
-
-
-_ARRAYS = {
-    "sequences": np.uint16,
-    "sequence_order": np.int64,
-    "row_ids": np.int64,
-    "row_starts": np.int64,
-}
 
 
 def _row(header: dict, window: PackedWindow | None) -> pa.Table:

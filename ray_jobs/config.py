@@ -46,6 +46,7 @@ class RunConfig:
     eval_interval: int = 200  # 0 = never; otherwise also after the last step
     save_interval: int = 200  # 0 = only after the last step
     save: bool = True
+    log_slots: bool = False  # write down the rows and a hash of every slot that a worker computed
     model: ModelConfig = field(default_factory=ModelConfig)
     update: UpdateConfig = field(default_factory=UpdateConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -160,11 +161,11 @@ def _apply_flag(values: dict[str, Any], flag: str, value: Any) -> None:
     else:
         modality, key = flag.removeprefix("--").split("-")
         path = f"data.sources.{modality}"
-        _set(values, f"modality", modality)
+        _set(values, f"{path}.modality", modality)
         if key == "data":
-            _set(values, f"path", value)
+            _set(values, f"{path}.path", value)
         else:
-            _set(values, f"weight", parse_value(value))
+            _set(values, f"{path}.weight", parse_value(value))
 
 
 def _set(values: dict[str, Any], path: str, value: Any) -> None:

@@ -27,7 +27,7 @@ CONFIG = "config.yaml"
 
 # A run that goes on may change these; everything else decides its bits.
 _MAY_CHANGE = """
-steps log_interval eval_interval save_interval save tracking storage
+steps log_interval eval_interval save_interval save log_slots tracking storage
 """.split()
 
 
@@ -97,14 +97,13 @@ def ray_cluster(config: RunConfig) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    # Below errors Ray tells of its own set-up, which is not the user's business.
+    options = {"log_to_driver": False, "logging_level": logging.ERROR}
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False)
+        ray.init(**options)
     else:
         cpus = max(os.cpu_count() or 1, config.scaling.num_workers)
-        ray.init(
-            "local", num_cpus=cpus, include_dashboard=False, log_to_driver=False,
-            logging_level=logging.WARNING,
-        )
+        ray.init("local", num_cpus=cpus, include_dashboard=False, **options)
     try:
         yield
     finally:

@@ -1,15 +1,13 @@
 """MLflow from the journal: one run for the life of a training run, one point per metric and step."""
 
 import json
+import logging
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mlflow.entities import Metric, Param
-from mlflow.tracking import MlflowClient
-
 from ray_jobs.config import RunConfig
-from ray_jobs.journal import JournalReader, Record
+from ray_jobs.journal import JournalReader
 
 _BATCH = 1000  # MLflow takes at most this many metrics in a call
 _PARAMS = 100  # and this many parameters
@@ -50,6 +48,11 @@ class Tracker:
             self._failure = error
 
     def _open(self) -> None:
+        # Imported on this thread: it takes two seconds that the start of training need not wait for.
+        from mlflow.entities import Param
+        from mlflow.tracking import MlflowClient
+
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
         self._client = MlflowClient(tracking_uri=self.uri)
         note = self._config.folder / "mlflow.json"
         if note.exists():
@@ -67,14 +70,15 @@ class Tracker:
             self._client.log_batch(self._run_id, params=params[start : start + _PARAMS])
 
     def _send(self) -> None:
-        metrics = [metric for record in self._reader.read() for metric in to_metrics(record)]
+        from mlflow.entities import Metric
+
+        metrics = [
+            Metric(key, value, round(record.time * 1000), record.step)
+            for record in self._reader.read()
+            for key, value in record.metrics.items()
+        ]
         for start in range(0, len(metrics), _BATCH):
             self._client.log_batch(self._run_id, metrics=metrics[start : start + _BATCH])
-
-
-def to_metrics(record: Record) -> list[Metric]:
-    milliseconds = round(record.time * 1000)
-    return [Metric(key, value, milliseconds, record.step) for key, value in record.metrics.items()]
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,5 +1,7 @@
 """One worker of a run: builds the model, wires data to the loop, writes the journal and checkpoints."""
 
+import hashlib
+import json
 import math
 import platform
 from collections import defaultdict
@@ -54,6 +56,8 @@ def run_worker(values: dict[str, Any]) -> None:
         all_reduce=torch.distributed.all_reduce if world > 1 else None,
     )
     slots = stream_slots(data, start, config.steps, rank, world)
+    if config.log_slots:
+        slots = log_slots(slots, config.folder / f"slots-{rank}.jsonl")
     recorder = Recorder(config, data, model) if rank == 0 else None
     train(model, optimizer, by_step(slots, device), recorder or ignore)
     if recorder:
@@ -94,6 +98,22 @@ def resume(model: ARBModel, config: RunConfig, data: RunData) -> int:
         raise RuntimeError(f"{folder}: was made with other data or another plan; cannot go on")
     model.load_state_dict(tensors)
     return manifest.step
+
+
+def log_slots(slots: Iterator[PackedSlot], path: Path) -> Iterator[PackedSlot]:
+    """Passes the slots on and appends a line for each: what this worker really saw."""
+    with open(path, "a") as file:
+        for slot in slots:
+            entry = {
+                "step": slot.step,
+                "slot": slot.slot,
+                "source": slot.source,
+                "row_ids": slot.row_ids.tolist(),
+                "sha256": hashlib.sha256(slot.symbols.tobytes()).hexdigest(),
+            }
+            file.write(json.dumps(entry) + "\n")
+            file.flush()
+            yield slot
 
 
 def by_step(

@@ -7,6 +7,7 @@ at line ends. Null and empty rows are rows of no bytes.
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -51,10 +52,8 @@ class ParquetShard:
 
     def __init__(self, path: str, text_column: str):
         self._path, self._text_column = path, text_column
-        try:
+        with _parquet_errors(f"{path}: not a readable Parquet file"):
             self._file = pq.ParquetFile(path)
-        except pa.ArrowInvalid as error:
-            raise UserError(f"{path}: not a readable Parquet file ({_line(error)})") from error
         schema = self._file.schema_arrow
         if text_column not in schema.names:
             raise UserError(
@@ -73,15 +72,21 @@ class ParquetShard:
 
     def read(self, group: Group) -> list[bytes]:
         columns = [self._text_column]
-        try:
+        with _parquet_errors(f"{self._path}: row group {group.location} is corrupt"):
             table = self._file.read_row_group(group.location, columns, use_threads=False)
-        except (pa.ArrowInvalid, IndexError) as error:
-            raise UserError(
-                f"{self._path}: row group {group.location} is corrupt ({_line(error)}); "
-                f"write the file again"
-            ) from error
         column = table.column(0).cast(pa.large_binary())
         return pc.fill_null(column, b"").to_pylist()
+
+
+@contextmanager
+def _parquet_errors(problem: str) -> Iterator[None]:
+    """Content that Parquet cannot read becomes a UserError; an error of the system stays."""
+    try:
+        yield
+    except (pa.ArrowInvalid, OSError, IndexError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise UserError(f"{problem} ({_line(error)}); write the file again") from error
 
 
 class JsonlShard:

@@ -88,7 +88,9 @@ def test_ilog2():
     assert fp.ilog2(torch.tensor([0])).tolist() == [-64 << 16]
 
 
-@pytest.mark.parametrize("x", [1, 3, 1000003, Fraction(1, 3), Fraction(26, 256), Fraction(1, 3**50)])
+@pytest.mark.parametrize(
+    "x", [1, 3, 1000003, Fraction(1, 3), Fraction(26, 256), Fraction(1, 3**50)]
+)
 def test_log2_fraction(x):
     assert abs(fp.log2_fraction(x) / 65536 - math.log2(x)) < 2.4e-5
 

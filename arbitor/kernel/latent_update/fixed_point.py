@@ -249,8 +249,8 @@ def quantize_slot(
 ) -> tuple[Tensor, int, int]:
     """Integers of one slot's float32 gradient, and its numbers of non-finite and clipped entries.
 
-    q = floor(trunc(clamp(g * 2^exponent, +-qmax) * 2^16) + r) / 2^16) with r = 1/2, or for
-    stochastic formats the low 16 bits of the hash under `key` = stream_key(.., STREAM_SLOT + slot).
+    q = (trunc(clamp(g * 2^exponent, +-qmax) * 2^16) + r) >> 16 with r = 2^15, or for stochastic
+    formats the low 16 bits of the hash under `key` = stream_key(.., STREAM_SLOT + slot).
     Non-finite entries become 0. Returns ([N, K] of fmt.sum_dtype, count, count). Power-of-two
     products, comparisons and truncation are exact everywhere; no addition that could be fused.
     """

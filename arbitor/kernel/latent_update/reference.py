@@ -224,12 +224,13 @@ def update(
 ) -> UpdateStats:
     """Apply the sum of `quantize_slot` over all slots of the step to the state, in place.
 
-    `grad_sum_NK` int16 or int32, `key` = stream_key(seed, step, tensor_id, STREAM_UPDATE).
+    `grad_sum_NK` int16 or int32, `key` = stream_key(seed, step, tensor_id, STREAM_UPDATE). Blocks
+    of rows pass through the caches once; moments and scales follow when all rows are summed.
     """
     num_rows, num_cols = state.latent.shape
     assert grad_sum_NK.shape == state.latent.shape and num_rows * num_cols <= 1 << 32
     block_bits = max(BLOCK_ELEMENTS, num_cols).bit_length()
-    assert 2 * fmt.sum_bits + block_bits <= 53, "sums of squares must be exact in float64"
+    assert max(2 * fmt.sum_bits, 30) + block_bits <= 53, "sums must be exact in float64"
     state.num_updates += 1
     updates = int(state.num_updates)
     exponent_N = row_exponents(state.row_moment, fmt)
@@ -406,23 +407,21 @@ def _update_moments(state: TernaryState, squares: GradientSquares, updates: int,
     A rare row would otherwise decay until its next gradient overflows the slot integers.
     """
     log2_rows, log2_cols = log2_fraction(len(squares.row_N)), log2_fraction(len(squares.col_K))
-    row_unit = 2 * squares.exponent_N
-    col_unit = 2 * squares.lowest_exponent + squares.column_shift
-    for moment, total, log2_count, unit, stream in (
-        (state.row_moment, squares.row_N, log2_cols, row_unit, _ROW_STREAM),
-        (state.col_moment, squares.col_K, log2_rows, col_unit, _COL_STREAM),
-        (
-            state.tensor_moment,
-            squares.col_K.sum(0, keepdim=True),
-            log2_rows + log2_cols,
-            col_unit,
-            _TENSOR_STREAM,
-        ),
-    ):
-        log2_mean_square = ilog2(total) - log2_count - (unit << 16)
-        noise = _vector_noise(moment, key, stream)
-        advanced = advance_moment(moment, log2_mean_square, moment_memory(updates), noise)
-        moment.copy_(torch.where(total > 0, advanced, moment))
+    row_offset = log2_cols + (2 * squares.exponent_N.long() << 16)
+    col_offset = log2_rows + (2 * squares.lowest_exponent + squares.column_shift << 16)
+    vectors = (  # one call for all: the vectors are short, a call costs more than its elements
+        (state.row_moment, squares.row_N, row_offset, _ROW_STREAM),
+        (state.col_moment, squares.col_K, col_offset, _COL_STREAM),
+        (state.tensor_moment, squares.col_K.sum(0, True), col_offset + log2_cols, _TENSOR_STREAM),
+    )
+    moments, totals, offsets, streams = zip(*vectors, strict=True)
+    total, old = torch.cat(totals), torch.cat(moments)
+    offset = torch.cat([o + torch.zeros_like(t) for o, t in zip(offsets, totals, strict=True)])
+    noise = torch.cat([_vector_noise(m, key, s) for m, s in zip(moments, streams, strict=True)])
+    advanced = advance_moment(old, ilog2(total) - offset, moment_memory(updates), noise)
+    advanced = torch.where(total > 0, advanced, old)
+    for moment, new in zip(moments, advanced.split([len(m) for m in moments]), strict=True):
+        moment.copy_(new)
 
 
 def _update_scales(

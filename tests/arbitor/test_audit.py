@@ -1,0 +1,61 @@
+"""The audit: every persistent tensor listed, none of them float, the bits as designed."""
+
+import pytest
+import torch
+
+from arbitor.audit import audit_command, bits_per_weight, live_tensors, one_step
+from arbitor.errors import UserError
+from arbitor.kernel.latent_update.reference import init_state
+from arbitor.main import ARBModel, ModelConfig
+from arbitor.optimizer import UpdateConfig
+
+CONFIG = """
+steps: 3
+model: {width: 64, num_layers: 1, head_width: 32, rotary_width: 16, enable_attention: true}
+"""
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(CONFIG)
+    return str(path)
+
+
+def test_lists_every_tensor_and_finds_no_float(config_file, capsys):
+    assert audit_command([config_file]) == 0
+    printed = capsys.readouterr().out
+    model = ARBModel(ModelConfig(width=64, num_layers=1, head_width=32, rotary_width=16), seed=0)
+    assert all(name in printed for name in model.state_dict())
+    assert "weights" in printed and "FLOAT" not in printed
+
+
+@pytest.mark.parametrize("where", ["buffer", "attribute", "optimizer"])
+def test_a_planted_float_is_found(where):
+    model = ARBModel(ModelConfig(width=64, num_layers=1), seed=0)
+    optimizer = one_step(model, UpdateConfig())
+    assert not any(tensor.is_float for tensor in live_tensors(model))
+    planted = torch.zeros(3, dtype=torch.bfloat16)
+    if where == "buffer":
+        model.byte_head.register_buffer("master", planted)
+    elif where == "attribute":
+        model.byte_head.cache = [planted]
+    else:
+        optimizer.momentum = {"x": planted}
+    del planted
+    floats = [tensor for tensor in live_tensors(model) if tensor.is_float]
+    assert len(floats) == 1
+    assert floats[0].name == ("byte_head.master" if where == "buffer" else "")
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(256, 256), (1024, 1024), (1376, 256), (288, 4096)])
+def test_bits_per_weight_follow_the_formula(rows, cols):
+    bits = bits_per_weight(init_state(rows, cols, gain=1.0, seed=0, name="x"))
+    per_matrix = 16 + 32  # tensor moment and number of updates
+    assert bits == pytest.approx(16.125 + 48 / cols + 16 / rows + per_matrix / (rows * cols))
+    assert bits <= 16.5
+
+
+def test_the_command_needs_one_file():
+    with pytest.raises(UserError, match="expected one CONFIG file"):
+        audit_command([])

@@ -1,0 +1,142 @@
+"""Ray Data delivers the plan: the same slots as read in this process, or an exception."""
+
+import json
+import pickle
+
+import pytest
+
+from data_pipeline import stream
+from data_pipeline.plan import WindowKey
+from data_pipeline.read import ShardError
+from data_pipeline.run_data import read_slots
+from data_pipeline.schema import SourceConfig
+from data_pipeline.stream import StreamError, stream_slots
+from tests.data_pipeline.shards import (
+    numbered_rows,
+    row_numbers,
+    run_data,
+    write_jsonl,
+    write_parquet,
+)
+
+pytestmark = [
+    pytest.mark.usefixtures("ray_head"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of Ray's own making
+]
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """Two sources, windows of a few slots, two windows a task: many of each in few steps."""
+    monkeypatch.setattr("data_pipeline.run_data.WINDOW_SYMBOLS", 2000)
+    monkeypatch.setattr(stream, "WINDOWS_PER_TASK", 2)
+    write_parquet(tmp_path / "rows.parquet", numbered_rows(300))
+    write_jsonl(tmp_path / "code.jsonl", numbered_rows(100, "code"))
+    sources = {
+        "text": SourceConfig(path=str(tmp_path / "rows.parquet"), weight=0.7),
+        "code": SourceConfig("code", str(tmp_path / "code.jsonl"), weight=[[0, 0.1], [30, 0.6]]),
+    }
+    return run_data(tmp_path, sources, seed=3, batch_size=2, sequence_length=64)
+
+
+def assert_same_slots(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        assert (one.step, one.slot, one.source) == (other.step, other.slot, other.source)
+        assert one.modality == other.modality
+        assert one.row_ids.tolist() == other.row_ids.tolist()
+        assert one.symbols.dtype == other.symbols.dtype
+        assert (one.symbols == other.symbols).all(), (one.step, one.slot)
+
+
+@pytest.mark.parametrize(("rank", "world"), [(0, 1), (0, 2), (1, 2)])
+def test_streamed_slots_are_those_of_the_plan(data, rank, world):
+    streamed = list(stream_slots(data, 0, 60, rank, world))
+    assert len(streamed) == 60 * 4 // world
+    assert_same_slots(streamed, read_slots(data, 0, 60, rank, world))
+    assert {slot.source for slot in streamed} == {"text", "code"}
+    seen = {n for slot in streamed if slot.source == "text" for n in row_numbers(slot.symbols)}
+    assert len(seen) > 40 and max(seen) < 294, "held-out rows are the last six"
+
+
+def test_a_restart_in_the_middle_goes_on_alike(data):
+    """And a stream may be left unfinished: closing it ends its tasks."""
+    begun = stream_slots(data, 0, 10_000, 0, 1)
+    first = [next(begun) for _ in range(4 * 17)]
+    begun.close()
+    rest = list(stream_slots(data, 17, 40, 0, 1))
+    assert_same_slots(first + rest, read_slots(data, 0, 40, 0, 1))
+
+
+def reversed_tasks():
+    """A decode step that turns the windows of each task around. Nested, so that it is pickled."""
+
+    def decode(batch):
+        import pickle
+
+        from data_pipeline.stream import _row
+
+        for task in pickle.loads(batch["tasks"][0].as_py())[::-1]:
+            window, digest = task.read()
+            yield _row({"key": task.key, "digest": digest, "error": ""}, window)
+
+    return decode
+
+
+def test_windows_in_another_order_are_refused(data, monkeypatch):
+    monkeypatch.setattr(stream, "decode_windows", reversed_tasks())
+    with pytest.raises(StreamError, match="the stream brought .* was expected"):
+        list(stream_slots(data, 0, 60, 0, 1))
+
+
+def test_other_rows_under_the_right_key_are_refused(data, monkeypatch):
+    def swapped(batch):
+        import pickle
+        from dataclasses import replace
+
+        from data_pipeline.stream import _row
+
+        tasks = pickle.loads(batch["tasks"][0].as_py())
+        for task, other in zip(tasks, tasks[::-1], strict=True):
+            window, digest = replace(task, segments=other.segments, shards=other.shards).read()
+            yield _row({"key": task.key, "digest": digest, "error": ""}, window)
+
+    monkeypatch.setattr(stream, "decode_windows", swapped)
+    with pytest.raises(StreamError, match="came with other rows than were indexed"):
+        list(stream_slots(data, 0, 60, 0, 1))
+
+
+def test_without_the_checks_the_comparison_sees_swapped_windows(data, monkeypatch):
+    """The equality above is not empty: it goes red where the stream takes any window for any."""
+    unchecked = stream._unpack
+    tasks = [data.task(key) for key in data.plan.windows(0, 60, 0, 1)]
+
+    def any_window(table, expected):
+        brought = WindowKey(*json.loads(table["header"][0].as_py())["key"])
+        return unchecked(table, next(task for task in tasks if task.key == brought))
+
+    monkeypatch.setattr(stream, "_unpack", any_window)
+    monkeypatch.setattr(stream, "decode_windows", reversed_tasks())
+    with pytest.raises((AssertionError, ValueError)):
+        assert_same_slots(stream_slots(data, 0, 60, 0, 1), read_slots(data, 0, 60, 0, 1))
+
+
+def test_a_missing_window_is_noticed(data, monkeypatch):
+    def lossy(batch):
+        from data_pipeline.stream import decode_windows
+
+        yield next(decode_windows(batch))
+
+    monkeypatch.setattr(stream, "decode_windows", lossy)
+    with pytest.raises(StreamError, match="the stream brought .* was expected"):
+        list(stream_slots(data, 0, 60, 0, 1))
+
+
+def test_a_shard_that_changed_stops_the_stream(data, tmp_path):
+    write_parquet(tmp_path / "rows.parquet", numbered_rows(300, "other"))
+    with pytest.raises(ShardError, match="rows.parquet: changed since it was indexed"):
+        list(stream_slots(data, 0, 60, 0, 1))
+
+
+def test_tasks_are_plain_data(data):
+    task = data.task(next(data.plan.windows(0, 1, 0, 1)))
+    assert pickle.loads(pickle.dumps(task)) == task

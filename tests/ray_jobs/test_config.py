@@ -1,0 +1,84 @@
+"""The command line: flags are aliases of keys, precedence, and errors that name the culprit."""
+
+from pathlib import Path
+
+import pytest
+
+from arbitor.errors import UserError
+from arbitor.settings import build, read_yaml, write_yaml
+from ray_jobs import pretrain, text
+from ray_jobs.config import RunConfig, load_run_config
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+def load(*arguments, job="pretrain", defaults=pretrain.DEFAULTS):
+    return load_run_config(job, arguments, defaults, "about")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_shipped_config_loads_reloads_and_is_short(path, tmp_path):
+    config = load(str(path))
+    assert config.name == path.stem
+    resolved = tmp_path / "config.yaml"
+    resolved.write_text(write_yaml(config.values()))
+    assert build(RunConfig, read_yaml(resolved)) == config
+    assert len(path.read_text().splitlines()) < 60
+
+
+def test_flags_beat_overrides_beat_the_file(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "steps: 1\nseed: 1\nlog_interval: 1\n"
+        "data: {sources: {text: {path: 'sample://text'}}, batch_size: 1}\n"
+    )
+    config = load(str(path), "seed=2", "steps=2", "--steps", "3", "data.batch_size=9")
+    assert (config.steps, config.seed, config.log_interval) == (3, 2, 1)
+    assert config.data.batch_size == 9
+    assert list(config.data.sources) == ["text"]  # the job's defaults do not leak into a file's
+    assert config.name == "mine"
+
+
+def test_the_classic_flags_of_the_light_text_run():
+    config = load(
+        *"--steps 2 --batch 1 --ctx 8 --text-data some/file.txt --text-weight 1.0 --code-weight 0"
+        " --image-weight 0 --audio-weight 0 --video-weight 0 --eval-interval 0 --log-interval 1"
+        " --save-interval 0 --no-save --backend triton --no-vq --no-graph --no-moe --no-attention"
+        " --run pretrain-smoke-lite".split()
+    )
+    assert (config.steps, config.data.batch_size, config.data.sequence_length) == (2, 1, 8)
+    assert list(config.data.active_sources) == ["text"]
+    assert config.data.sources["text"].path == "some/file.txt"
+    assert not config.save and not config.model.enable_attention
+    assert config.name == "pretrain-smoke-lite" and config.backend == "triton"
+    assert Path(config.storage).is_absolute()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["stepz=3"], "stepz: unknown configuration key; did you mean steps?"),
+        (["model.widht=3"], "model.widht: unknown configuration key; did you mean model.width?"),
+        (["data.sources.text.weigth=1"], "did you mean data.sources.text.weight?"),
+        (["--batch", "0"], "data.batch_size: must be at least 1, not 0"),
+        (["--steps", "0"], "steps: expected at least 1, got 0"),
+        (["--steps", "many"], "steps: .* got 'many'"),
+        (["--stepz", "3"], "unrecognized arguments: --stepz"),
+        (["--backend", "cuda"], "backend: expected one of auto, torch, triton"),
+        (["--text-weight", "0", "--code-weight", "0"], "data.sources: .* weight above 0"),
+        (["--image-weight", "0.1"], "data.sources.image.modality: image rows cannot be decoded yet"),
+        (["scaling.num_workers=5"], "5 workers cannot share 4 slots a step"),
+        (["none.yaml"], "none.yaml: cannot be read"),
+        (["a.yaml", "b.yaml"], "expected one CONFIG file"),
+        (["steps.x=1"], "steps.x: steps is a value|steps: "),
+        (["--run", "a/b"], "name: expected a folder name"),
+    ],
+)
+def test_mistakes_are_named(arguments, message):
+    with pytest.raises(UserError, match=message.replace("?", r"\?")):
+        load(*arguments)
+
+
+def test_the_full_text_stack_names_what_is_not_built():
+    with pytest.raises(UserError, match="not built yet: VQ bridge, MoEGraph, MoE"):
+        load("--full-text-stack", job="text", defaults=text.DEFAULTS)

@@ -1,0 +1,166 @@
+"""Whole runs on a real Ray: same bits for any number of workers, exact slots, MLflow, resume."""
+
+import hashlib
+import json
+from dataclasses import replace
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from arbitor.checkpoint import MANIFEST, load_checkpoint, newest_checkpoint
+from arbitor.errors import UserError
+from arbitor.main import ARBModel
+from arbitor.settings import build
+from data_pipeline.run_data import read_slots
+from ray_jobs.config import RunConfig
+from ray_jobs.journal import JournalReader
+from ray_jobs.run import run
+from ray_jobs.worker import CHECKPOINTS, open_run_data
+
+STEPS = 20
+VALUES = {
+    "steps": STEPS,
+    "log_interval": 5,
+    "eval_interval": 10,
+    "save_interval": 10,
+    "log_slots": True,
+    "model": {"width": 64, "num_layers": 1, "head_width": 32, "rotary_width": 16},
+    "update": {"warmup_steps": 5},
+    "data": {
+        "batch_size": 2,
+        "sequence_length": 32,
+        "slots_per_step": 6,
+        "eval_slots": 2,
+        "sources": {
+            "text": {"path": "sample://text", "weight": 0.6},
+            "code": {"path": "sample://code", "modality": "code", "weight": [[0, 0.2], [20, 0.6]]},
+        },
+    },
+    "scaling": {"threads_per_worker": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+def make_config(storage, name, **scaling):
+    values = VALUES | {"name": name, "storage": str(storage)}
+    values["model"] = values["model"] | {"enable_attention": True}
+    return build(RunConfig, values | {"scaling": VALUES["scaling"] | scaling})
+
+
+@pytest.fixture(scope="module")
+def one_worker(ray_head, storage):
+    config = make_config(storage, "one")
+    run(config)
+    return config
+
+
+@pytest.fixture(scope="module")
+def two_workers(ray_head, storage):
+    config = make_config(storage, "two", num_workers=2)
+    run(config)
+    return config
+
+
+def final_tensors(config):
+    manifest, tensors = load_checkpoint(newest_checkpoint(config.folder / CHECKPOINTS))
+    assert manifest.step == config.steps
+    return tensors
+
+
+def hashes(tensors):
+    return {n: hashlib.sha256(t.numpy().tobytes()).hexdigest() for n, t in tensors.items()}
+
+
+def logged_slots(config):
+    return {
+        rank: [json.loads(x) for x in (config.folder / f"slots-{rank}.jsonl").read_text().splitlines()]
+        for rank in range(config.scaling.num_workers)
+    }
+
+
+def test_one_and_two_workers_end_with_the_same_bits(one_worker, two_workers):
+    one, two = hashes(final_tensors(one_worker)), hashes(final_tensors(two_workers))
+    assert one == two
+    start = hashes(ARBModel(one_worker.model, one_worker.seed).state_dict())
+    assert all(one[name] != start[name] for name in one if name.endswith(".latent"))
+
+
+def test_losses_do_not_depend_on_the_number_of_workers(one_worker, two_workers):
+    def metrics(config):
+        return [
+            {key: v for key, v in record.metrics.items() if not key.startswith("throughput/")}
+            for record in JournalReader(config.folder).read()
+        ]
+
+    assert metrics(one_worker) == metrics(two_workers)
+
+
+@pytest.mark.parametrize("workers", ["one_worker", "two_workers"])
+def test_every_slot_is_computed_once_and_its_rows_are_the_plans(workers, request):
+    config = request.getfixturevalue(workers)
+    logged = logged_slots(config)
+    for rank, slots in logged.items():
+        assert all(slot["slot"] % len(logged) == rank for slot in slots)
+    seen = sorted((s for slots in logged.values() for s in slots), key=lambda s: (s["step"], s["slot"]))
+    expected = [
+        {
+            "step": slot.step,
+            "slot": slot.slot,
+            "source": slot.source,
+            "row_ids": slot.row_ids.tolist(),
+            "sha256": hashlib.sha256(slot.symbols.tobytes()).hexdigest(),
+        }
+        for slot in read_slots(open_run_data(config), 0, STEPS, 0, 1)
+    ]
+    assert seen == expected
+    assert len(seen) == STEPS * config.data.slots_per_step
+
+
+def test_mlflow_has_one_run_with_one_point_a_step(one_worker, storage):
+    note = json.loads((one_worker.folder / "mlflow.json").read_text())
+    client = MlflowClient(note["tracking_uri"])
+    run_info = client.get_run(note["run_id"])
+    assert run_info.info.status == "FINISHED"
+    assert run_info.data.params["model.width"] == "64"
+    assert run_info.data.params["data.sources.code.weight"] == "[[0.0, 0.2], [20.0, 0.6]]"
+    plan = open_run_data(one_worker).plan
+    for source in ("text", "code"):
+        served = [s + 1 for s in range(STEPS) if any(p.source == source for p in plan.step(s))]
+        history = client.get_metric_history(note["run_id"], f"loss/{source}")
+        assert [point.step for point in history] == served
+    totals = client.get_metric_history(note["run_id"], "loss/total")
+    assert [point.step for point in totals] == list(range(1, STEPS + 1))
+    assert totals[-1].value < totals[0].value
+    validation = client.get_metric_history(note["run_id"], "validation/text")
+    assert [point.step for point in validation] == [10, 20]
+
+
+def test_a_finished_run_says_so_and_changes_nothing(one_worker, capsys):
+    before = {p: p.stat().st_mtime_ns for p in one_worker.folder.rglob("*") if p.is_file()}
+    run(one_worker)
+    assert "is finished: 20 steps" in capsys.readouterr().out
+    after = {p: p.stat().st_mtime_ns for p in one_worker.folder.rglob("*") if p.is_file()}
+    del before[one_worker.folder / "config.yaml"], after[one_worker.folder / "config.yaml"]
+    assert before == after
+
+
+def test_another_configuration_under_the_same_name_is_refused(one_worker):
+    with pytest.raises(UserError, match=r"another configuration \(seed 0 -> 1\)"):
+        run(replace(one_worker, seed=1))
+
+
+def test_an_unfinished_run_resumes_to_the_same_bits(two_workers, one_worker):
+    """Takes the last checkpoint away: the run goes on from step 10, journals no step twice."""
+    newest = newest_checkpoint(two_workers.folder / CHECKPOINTS)
+    expected = hashes(final_tensors(one_worker))
+    (newest / MANIFEST).unlink()
+    run(two_workers)
+    assert hashes(final_tensors(two_workers)) == expected
+    steps = [record.step for record in JournalReader(two_workers.folder).read()]
+    assert steps == list(range(1, STEPS + 1))
+    replayed = [s["step"] for s in logged_slots(two_workers)[0][-30:]]
+    assert replayed == sorted(list(range(10, 20)) * 3)
