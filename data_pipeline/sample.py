@@ -23,6 +23,7 @@ from arbitor.errors import UserError
 from data_pipeline.permutation import keyed_permutation
 
 SAMPLE_PREFIX = "sample://"
+LIBRARY = Path(sysconfig.get_path("stdlib"))
 NUM_SHARDS = 3
 ROWS_PER_GROUP = 16
 CODE_BYTES = 3 << 20
@@ -79,7 +80,7 @@ def _write_shards(table: pa.Table, folder: Path) -> None:
 
 def _text_table() -> pa.Table:
     rows = [text for _, text in sorted(topics.items())]
-    rows += [path.read_text("utf-8") for path in sorted(_library().glob("LICENSE*"))]
+    rows += [path.read_text("utf-8") for path in sorted(LIBRARY.glob("LICENSE*"))]
     for source in _module_sources():
         docstrings = "\n\n".join(_docstrings(source))
         if docstrings:
@@ -95,14 +96,12 @@ def _code_table() -> pa.Table:
     return pa.table({"text": rows, "language": ["python"] * len(rows)})
 
 
-def _library() -> Path:
-    return Path(sysconfig.get_path("stdlib"))
-
-
 def _module_sources() -> Iterator[str]:
-    for path in sorted(_library().rglob("*.py")):
-        if SKIPPED_FOLDERS.isdisjoint(path.relative_to(_library()).parts):
-            yield path.read_text("utf-8")
+    for folder, subfolders, files in os.walk(LIBRARY):
+        subfolders[:] = sorted(set(subfolders) - SKIPPED_FOLDERS)
+        for name in sorted(files):
+            if name.endswith(".py"):
+                yield Path(folder, name).read_text("utf-8")
 
 
 def _docstrings(source: str) -> Iterator[str]:
