@@ -15,7 +15,9 @@ from torch import Tensor
 
 from arbitor.batch import SlotBatch
 from arbitor.errors import UserError
-from arbitor.kernel.latent_update.reference import TernaryState
+from arbitor.kernel.latent_update.state import (
+    TernaryState,
+)
 from arbitor.main import ARBModel, ModelConfig
 from arbitor.optimizer import TernaryOptimizer, UpdateConfig
 from arbitor.settings import build, read_yaml, section

@@ -40,14 +40,16 @@ def save_checkpoint(
     plan_fingerprint: str,
     conditions: dict[str, Any],
 ) -> Path:
-    """Writes `folder/step-<step>` durably: a temporary folder, fsync of every file, then a rename."""
+    """Writes `folder/step-<step>` durably: temporary folder, fsync of every file, rename."""
     final = folder / f"step-{step:08d}"
     partial = folder / f".partial-{final.name}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
     save_file(tensors, partial / TENSORS)
-    manifest = Manifest(step, config, plan_fingerprint, conditions, {TENSORS: sha256(partial / TENSORS)})
+    manifest = Manifest(
+        step, config, plan_fingerprint, conditions, {TENSORS: sha256(partial / TENSORS)}
+    )
     (partial / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1))
     for path in (partial / TENSORS, partial / MANIFEST, partial):
         _fsync(path)

@@ -1,4 +1,4 @@
-"""ARBModel: encoder of the slot's modality -> trunk -> head. Reads from top to bottom like the figure.
+"""ARBModel: encoder of the slot's modality -> trunk -> head; reads like the figure.
 
 Shape letters: B sequences, T positions, D width, F feed-forward width, V symbols.
 """
@@ -47,7 +47,12 @@ class ModelConfig:
         return max(64, 8 * self.width // 3 // 64 * 64)
 
     def validate(self) -> None:
-        parts = {"vq": "VQ bridge", "graph": "MoEGraph", "moe": "MoE", "output_router": "OutputRouter"}
+        parts = {
+            "vq": "VQ bridge",
+            "graph": "MoEGraph",
+            "moe": "MoE",
+            "output_router": "OutputRouter",
+        }
         missing = [part for key, part in parts.items() if getattr(self, f"enable_{key}")]
         if missing:
             raise UserError(f"model: not built yet: {', '.join(missing)}; leave them disabled")
@@ -61,7 +66,8 @@ class ModelConfig:
             )
         if self.activation not in ACTIVATIONS:
             raise UserError(
-                f"model.activation: expected one of {', '.join(ACTIVATIONS)}, got {self.activation!r}"
+                f"model.activation: expected one of {', '.join(ACTIVATIONS)},"
+                f" got {self.activation!r}"
             )
 
 

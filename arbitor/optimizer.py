@@ -18,15 +18,21 @@ from arbitor.kernel.latent_update.fixed_point import (
     stream_key,
     tensor_id,
 )
+from arbitor.kernel.latent_update.moments import (
+    step_rates,
+)
 from arbitor.kernel.latent_update.reference import (
     UpdateStats,
-    calibrate,
+    update,
+)
+from arbitor.kernel.latent_update.slots import (
     quantize_exact,
     quantize_slot,
     row_exponents,
     slot_format,
-    step_rates,
-    update,
+)
+from arbitor.kernel.latent_update.state import (
+    calibrate,
 )
 from arbitor.kernel.ternary_scale import TernaryWeight
 from arbitor.main import ARBModel
@@ -188,7 +194,9 @@ class TernaryOptimizer:
         if weight.rate == "table":
             latent_rate *= self.config.table_rate
         # The row scale counts in 1/256 octave.
-        rates = step_rates(round(latent_rate * factor), round(256 * self.config.scale_rate * factor))
+        rates = step_rates(
+            round(latent_rate * factor), round(256 * self.config.scale_rate * factor)
+        )
         key = stream_key(self.seed, step, tensor_id(name), STREAM_UPDATE)
         return update(weight.state(), grad_sum, self.slot_format, rates, key)
 
@@ -200,8 +208,8 @@ class TernaryOptimizer:
 def all_reduce_packed(sums: Tensor, all_reduce: AllReduce) -> Tensor:
     """Sums int16 tensors as two to an int32 lane (no 16-bit sums on gloo or NCCL); int32 as it is.
 
-    lane = low + high * 2^16 with a signed low half, exact while both sums stay within int16: the slot
-    format sees to that.
+    lane = low + high * 2^16 with a signed low half, exact while both sums stay within int16: the
+    slot format sees to that.
     """
     if sums.dtype == torch.int32:
         all_reduce(sums)
@@ -214,4 +222,6 @@ def all_reduce_packed(sums: Tensor, all_reduce: AllReduce) -> Tensor:
     all_reduce(lanes)
     low = (lanes << 16) >> 16
     high = (lanes - low) >> 16
-    return torch.stack([low, high], dim=1).to(torch.int16).flatten()[: sums.numel()].view(sums.shape)
+    return (
+        torch.stack([low, high], dim=1).to(torch.int16).flatten()[: sums.numel()].view(sums.shape)
+    )

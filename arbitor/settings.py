@@ -1,4 +1,4 @@
-"""Builds any configuration dataclass from plain data (a YAML section) and says what is wrong with it.
+"""Builds any configuration dataclass from plain data (a YAML section); says what is wrong with it.
 
 A configuration class is a frozen dataclass that stands at the top of the file it configures; it may
 have a `validate()` method for what types cannot say. Fields that are dataclasses, or dicts of
@@ -62,7 +62,9 @@ def build(cls: type[T], values: Any, path: str = "") -> T:
     unknown = [key for key in values if key not in known]
     if unknown:
         raise UserError(_unknown_key(_join(path, unknown[0]), str(unknown[0]), list(known), path))
-    arguments = {key: _convert(known[key], value, _join(path, key)) for key, value in values.items()}
+    arguments = {
+        key: _convert(known[key], value, _join(path, key)) for key, value in values.items()
+    }
     instance = cls(**arguments)
     if hasattr(instance, "validate"):
         instance.validate()

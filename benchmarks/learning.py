@@ -31,10 +31,13 @@ def main() -> None:
     results = []
     for rule in options.rules:
         rates = [None] if rule == "latent" else options.lr
-        first = [run(rule, rate, options.seeds[0], options, train_bytes, held_out) for rate in rates]
+        first = [
+            run(rule, rate, options.seeds[0], options, train_bytes, held_out) for rate in rates
+        ]
         best = min(first, key=lambda result: result["validation"])
         others = [
-            run(rule, best["lr"], seed, options, train_bytes, held_out) for seed in options.seeds[1:]
+            run(rule, best["lr"], seed, options, train_bytes, held_out)
+            for seed in options.seeds[1:]
         ]
         results.append((rule, best["lr"], [best, *others]))
     print(f"\n{'rule':<18} {'lr':>8} {'validation, by seed':>24} {'mean':>8} {'seconds':>8}")

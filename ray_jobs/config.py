@@ -1,4 +1,4 @@
-"""RunConfig: everything a run is made of; defaults < YAML < `key.path=value` < the classic flags."""
+"""RunConfig, all that a run is made of: defaults < YAML < `key.path=value` < classic flags."""
 
 import argparse
 from collections.abc import Mapping, Sequence

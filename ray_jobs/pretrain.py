@@ -1,4 +1,4 @@
-"""Pretrain on weighted sources: `python -m ray_jobs.pretrain [CONFIG] [key.path=value ...] [flags]`."""
+"""Pretrain on weighted sources: `python -m ray_jobs.pretrain [CONFIG] [key=value ...] [flags]`."""
 
 from ray_jobs.run import main
 

@@ -26,9 +26,16 @@ from ray_jobs.worker import CHECKPOINTS, DATA_MANIFEST, run_worker
 CONFIG = "config.yaml"
 
 # A run that goes on may change these; everything else decides its bits.
-_MAY_CHANGE = """
-steps log_interval eval_interval save_interval save log_slots tracking storage
-""".split()
+_MAY_CHANGE = [
+    "steps",
+    "log_interval",
+    "eval_interval",
+    "save_interval",
+    "save",
+    "log_slots",
+    "tracking",
+    "storage",
+]
 
 
 def main(job: str, about: str, defaults: Mapping[str, Any]) -> None:
@@ -128,7 +135,9 @@ def closing_lines(config: RunConfig, tracking_uri: str) -> str:
     """Where the run went and how to look at it."""
     records = list(JournalReader(config.folder).read())
     first, last = records[0].metrics, records[-1].metrics
-    lines = [f"{len(records)} steps done; loss {first['loss/total']:.4f} -> {last['loss/total']:.4f}"]
+    lines = [
+        f"{len(records)} steps done; loss {first['loss/total']:.4f} -> {last['loss/total']:.4f}"
+    ]
     lines += [
         f"{key.replace('/', ' of ')}: {value:.4f} nats per symbol"
         for key, value in last.items()

@@ -45,7 +45,7 @@ def judge(config: RunConfig, source: str, records: list[Record]) -> list[str]:
     first, last = mean(losses[:5]), mean(losses[-max(1, len(losses) // 5) :])
     entropy = unigram_entropy(open_run_data(config), source)
     print(
-        f"{source}: loss {losses[0]:.3f} -> {losses[-1]:.3f} nats per symbol over {len(losses)} steps;"
+        f"{source}: loss {losses[0]:.3f} -> {losses[-1]:.3f} nats per symbol, {len(losses)} steps;"
         f" mean of the last fifth {last:.3f}, unigram entropy of its data {entropy:.3f}"
     )
     faults = []

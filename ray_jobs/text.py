@@ -1,4 +1,4 @@
-"""Pretrain on text alone: `python -m ray_jobs.text [CONFIG] [key.path=value ...] [flags]`."""
+"""Pretrain on text alone: `python -m ray_jobs.text [CONFIG] [key=value ...] [flags]`."""
 
 from ray_jobs.run import main
 

@@ -1,4 +1,4 @@
-"""MLflow from the journal: one run for the life of a training run, one point per metric and step."""
+"""MLflow from the journal: one run for the life of a training run, one point a metric and step."""
 
 import json
 import logging
@@ -17,8 +17,8 @@ _POLL_SECONDS = 1.0
 class Tracker:
     """A thread of the driver that sends new journal records to MLflow.
 
-    What it has sent is not kept anywhere: after a restart it sends the whole journal again, verbatim,
-    and MLflow's key (metric, time, step, value) makes that the same points.
+    What it has sent is not kept anywhere: after a restart it sends the whole journal again, word
+    for word, and MLflow's key (metric, time, step, value) makes that the same points.
     """
 
     def __init__(self, config: RunConfig):
@@ -48,7 +48,7 @@ class Tracker:
             self._failure = error
 
     def _open(self) -> None:
-        # Imported on this thread: it takes two seconds that the start of training need not wait for.
+        # Imported on this thread: training need not wait the two seconds that it takes.
         from mlflow.entities import Param
         from mlflow.tracking import MlflowClient
 
@@ -61,7 +61,9 @@ class Tracker:
             return
         name = self._config.tracking.experiment
         experiment = self._client.get_experiment_by_name(name)
-        experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(name)
+        experiment_id = (
+            experiment.experiment_id if experiment else self._client.create_experiment(name)
+        )
         run = self._client.create_run(experiment_id, run_name=self._config.name)
         self._run_id = run.info.run_id
         note.write_text(json.dumps({"run_id": self._run_id, "tracking_uri": self.uri}) + "\n")

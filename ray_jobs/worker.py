@@ -1,4 +1,4 @@
-"""One worker of a run: builds the model, wires data to the loop, writes the journal and checkpoints."""
+"""One worker of a run: builds the model, wires data to the loop, keeps journal and checkpoints."""
 
 import hashlib
 import json
@@ -81,7 +81,9 @@ def conditions(config: RunConfig) -> dict[str, Any]:
     """The conditions under which a run's bits repeat, for the checkpoint's manifest."""
     on_gpu = config.scaling.use_gpu
     return {
-        "device": torch.cuda.get_device_name() if on_gpu else torch.backends.cpu.get_cpu_capability(),
+        "device": torch.cuda.get_device_name()
+        if on_gpu
+        else torch.backends.cpu.get_cpu_capability(),
         "machine": platform.machine(),
         "torch": torch.__version__,
         "threads_per_worker": config.scaling.threads_per_worker,

@@ -1,6 +1,6 @@
 """Multi-head latent attention (DeepSeek-V2, section 2.1), causal, with ternary projections.
 
-Queries come through a low-rank projection; keys and values are expanded from one latent per position,
+Queries come through a low-rank projection; keys and values are expanded from one latent a position,
 beside one rotary key that all heads share. Queries and keys are normalized without gain, so logits
 stay bounded whatever the scales of the projections do.
 Shape letters: B sequences, T positions, D width, N heads, H head width, R latent rank.
@@ -35,7 +35,7 @@ class MultiHeadLatentAttention(nn.Module):
         self.num_heads, self.head_width = num_heads, head_width
         self.rotary_width, self.content_width = rotary_width, head_width - rotary_width
         self.latent_rank = latent_rank
-        # One matrix for the query's low rank, the latent and the shared rotary key: one norm, one read.
+        # Query rank, latent and shared rotary key from one matrix: one norm, one read.
         self.compress = TernaryLinear(width, 2 * latent_rank + rotary_width, activation)
         self.expand_query = TernaryLinear(latent_rank, num_heads * head_width, activation)
         self.expand_latent = TernaryLinear(
@@ -49,7 +49,9 @@ class MultiHeadLatentAttention(nn.Module):
         )
         query_BNTH = self._queries(query_low_BTR)
         key_BNTH, value_BNTH = self._keys_and_values(latent_BTR, rotary_key_BTH)
-        mixed_BNTH = F.scaled_dot_product_attention(query_BNTH, key_BNTH, value_BNTH, is_causal=True)
+        mixed_BNTH = F.scaled_dot_product_attention(
+            query_BNTH, key_BNTH, value_BNTH, is_causal=True
+        )
         return self.output(mixed_BNTH.transpose(1, 2).flatten(2))
 
     def _queries(self, query_low_BTR: Tensor) -> Tensor:
@@ -71,7 +73,7 @@ class MultiHeadLatentAttention(nn.Module):
 
 
 def rotate(x: Tensor) -> Tensor:
-    """Rotary position embedding (Su et al. 2021, section 3.4.2) of [..., T, H]; angles in float32."""
+    """Rotary embedding (Su et al. 2021, section 3.4.2) of [..., T, H]; angles in float32."""
     length, half = x.shape[-2], x.shape[-1] // 2
     channel = torch.arange(half, dtype=torch.float32, device=x.device)
     position = torch.arange(length, dtype=torch.float32, device=x.device)

@@ -1,7 +1,7 @@
 """TernaryLinear and TernaryEmbedding: modules whose only state is integers.
 
-A weight is 2^(log2_scale / 256) * trit. Nothing here is an `nn.Parameter`: the backward pass leaves a
-float gradient of the effective weight for the length of one slot, the optimizer turns it into integers.
+A weight is 2^(log2_scale / 256) * trit. Nothing here is an `nn.Parameter`: the backward pass leaves
+a float gradient of the effective weight for one slot, which the optimizer turns into integers.
 Shape letters: N outputs (rows), K inputs (columns), M positions, D width, V symbols.
 """
 
@@ -11,8 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from arbitor.kernel.embedding.reference import embedding_backward, embedding_forward
-from arbitor.kernel.latent_update.fixed_point import POW2_Q16, float32_power_of_two
-from arbitor.kernel.latent_update.reference import TernaryState, init_state, trits
+from arbitor.kernel.latent_update.fixed_point import (
+    POW2_Q16,
+    float32_power_of_two,
+)
+from arbitor.kernel.latent_update.state import (
+    TernaryState,
+    init_state,
+    trits,
+)
 from arbitor.kernel.matmul.quantize import Quantized
 from arbitor.kernel.matmul.reference import (
     matmul_backward_weight,
@@ -45,7 +52,9 @@ class TernaryWeight(nn.Module):
 
     def state(self) -> TernaryState:
         """The buffers themselves, not copies."""
-        return TernaryState(**{field.name: getattr(self, field.name) for field in fields(TernaryState)})
+        return TernaryState(
+            **{field.name: getattr(self, field.name) for field in fields(TernaryState)}
+        )
 
     def operand(self) -> Tensor:
         """bfloat16 trits [N, K], decoded anew at each use."""
@@ -82,7 +91,7 @@ class TernaryLinear(TernaryWeight):
 
 
 class TernaryEmbedding(TernaryWeight):
-    """A ternary table: int64 indices [...] -> bfloat16 rows [..., D]; rows start at unit variance."""
+    """A ternary table: int64 indices [...] -> bfloat16 rows [..., D], of unit variance at first."""
 
     def __init__(self, num_symbols: int, width: int):
         super().__init__(num_symbols, width, gain=width**0.5, rate="table")

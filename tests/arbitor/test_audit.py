@@ -5,7 +5,9 @@ import torch
 
 from arbitor.audit import audit_command, bits_per_weight, live_tensors, one_step
 from arbitor.errors import UserError
-from arbitor.kernel.latent_update.reference import init_state
+from arbitor.kernel.latent_update.state import (
+    init_state,
+)
 from arbitor.main import ARBModel, ModelConfig
 from arbitor.optimizer import UpdateConfig
 

@@ -6,7 +6,10 @@ import torch
 from arbitor.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from arbitor.errors import UserError
 
-STATE = {"a": torch.arange(6, dtype=torch.int8).view(2, 3), "b": torch.tensor([7], dtype=torch.int16)}
+STATE = {
+    "a": torch.arange(6, dtype=torch.int8).view(2, 3),
+    "b": torch.tensor([7], dtype=torch.int16),
+}
 
 
 def save(folder, step):

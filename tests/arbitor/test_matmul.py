@@ -85,7 +85,9 @@ def test_gradients_are_within_their_quantizers_error(shape, activation):
 
     grad_x = matmul_backward_x(grad_MN, trits_NK, row_scale_N, activation)
     scaled = grad * row_scale_N
-    bound = (step * scaled.abs() + 2**-17 * scaled.abs().amax(1, keepdim=True)) @ trits_NK.double().abs()
+    bound = (
+        step * scaled.abs() + 2**-17 * scaled.abs().amax(1, keepdim=True)
+    ) @ trits_NK.double().abs()
     error = (grad_x - scaled @ trits_NK.double()).abs()
     assert (error <= bound + BFLOAT16 * grad_x.abs()).all()
 

@@ -50,8 +50,6 @@ def states_equal(one, two):
     return all(torch.equal(a, b) for a, b in zip(one.buffers(), two.buffers(), strict=True))
 
 
-
-
 @pytest.mark.parametrize("dtype_slots", [(torch.int16, 4), (torch.int16, 17), (torch.int32, 300)])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (64, 64)])
 def test_packed_sums_equal_plain_sums_at_the_bound(dtype_slots, shape):
@@ -137,7 +135,9 @@ def test_learns_beyond_bigrams_and_frozen_trits_do_not_learn_as_well():
     """The suite's proof that the rule learns; the scales alone do not get there."""
     model, loss = learn(150)
     start = ARBModel(TINY, seed=0)
-    assert (model.trunk[0].feed_forward.down.latent != start.trunk[0].feed_forward.down.latent).any()
+    assert (
+        model.trunk[0].feed_forward.down.latent != start.trunk[0].feed_forward.down.latent
+    ).any()
     _, frozen = learn(150, latent_rate=0.0)
     assert loss < bigram_entropy() - 0.2
     assert loss < frozen - 0.1

@@ -41,10 +41,41 @@ def test_flags_beat_overrides_beat_the_file(tmp_path):
 
 def test_the_classic_flags_of_the_light_text_run():
     config = load(
-        *"--steps 2 --batch 1 --ctx 8 --text-data some/file.txt --text-weight 1.0 --code-weight 0"
-        " --image-weight 0 --audio-weight 0 --video-weight 0 --eval-interval 0 --log-interval 1"
-        " --save-interval 0 --no-save --backend triton --no-vq --no-graph --no-moe --no-attention"
-        " --run pretrain-smoke-lite".split()
+        *[
+            "--steps",
+            "2",
+            "--batch",
+            "1",
+            "--ctx",
+            "8",
+            "--text-data",
+            "some/file.txt",
+            "--text-weight",
+            "1.0",
+            "--code-weight",
+            "0",
+            "--image-weight",
+            "0",
+            "--audio-weight",
+            "0",
+            "--video-weight",
+            "0",
+            "--eval-interval",
+            "0",
+            "--log-interval",
+            "1",
+            "--save-interval",
+            "0",
+            "--no-save",
+            "--backend",
+            "triton",
+            "--no-vq",
+            "--no-graph",
+            "--no-moe",
+            "--no-attention",
+            "--run",
+            "pretrain-smoke-lite",
+        ]
     )
     assert (config.steps, config.data.batch_size, config.data.sequence_length) == (2, 1, 8)
     assert list(config.data.active_sources) == ["text"]
@@ -66,7 +97,10 @@ def test_the_classic_flags_of_the_light_text_run():
         (["--stepz", "3"], "unrecognized arguments: --stepz"),
         (["--backend", "cuda"], "backend: expected one of auto, torch, triton"),
         (["--text-weight", "0", "--code-weight", "0"], "data.sources: .* weight above 0"),
-        (["--image-weight", "0.1"], "data.sources.image.modality: image rows cannot be decoded yet"),
+        (
+            ["--image-weight", "0.1"],
+            "data.sources.image.modality: image rows cannot be decoded yet",
+        ),
         (["scaling.num_workers=5"], "5 workers cannot share 4 slots a step"),
         (["none.yaml"], "none.yaml: cannot be read"),
         (["a.yaml", "b.yaml"], "expected one CONFIG file"),

@@ -77,7 +77,9 @@ def hashes(tensors):
 
 def logged_slots(config):
     return {
-        rank: [json.loads(x) for x in (config.folder / f"slots-{rank}.jsonl").read_text().splitlines()]
+        rank: [
+            json.loads(x) for x in (config.folder / f"slots-{rank}.jsonl").read_text().splitlines()
+        ]
         for rank in range(config.scaling.num_workers)
     }
 
@@ -105,7 +107,9 @@ def test_every_slot_is_computed_once_and_its_rows_are_the_plans(workers, request
     logged = logged_slots(config)
     for rank, slots in logged.items():
         assert all(slot["slot"] % len(logged) == rank for slot in slots)
-    seen = sorted((s for slots in logged.values() for s in slots), key=lambda s: (s["step"], s["slot"]))
+    seen = sorted(
+        (s for slots in logged.values() for s in slots), key=lambda s: (s["step"], s["slot"])
+    )
     expected = [
         {
             "step": slot.step,

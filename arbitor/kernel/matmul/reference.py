@@ -1,9 +1,9 @@
-"""Ternary matmul with eight-bit activations: the oracle, and the fast path on a CPU (bf16 operands).
+"""Ternary matmul with eight-bit activations: the oracle, and the fast path on a CPU.
 
 y[m, n] = 2^s[n] * scale[m] * sum_k codes[m, k] * trit[n, k]
 
-The weight operand holds trits only: the row scale 2^s multiplies the accumulator, so neither operand
-carries a rounding error of the scale. Shape letters: M positions, N outputs, K inputs.
+The operands are bfloat16, which holds codes and trits exactly. The row scale 2^s is in neither of
+them: it multiplies the accumulator. Shape letters: M positions, N outputs, K inputs.
 """
 
 import torch

@@ -1,0 +1,50 @@
+"""Rounding and scaling steps that the Triton kernels share.
+
+Each does what `matmul/quantize.py` does with the same bits in and out, on a GPU and in Triton's
+interpreter.
+"""
+
+import os
+
+import triton
+import triton.language as tl
+
+INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+# Adding and taking off 1.5 * 2^p rounds a float32 to a multiple of 2^(p - 23), ties to even.
+_TO_INTEGER = tl.constexpr(1.5 * 2.0**23)
+_TO_SMALLEST_E4M3 = tl.constexpr(1.5 * 2.0**14)
+_LOG2_LARGEST_CODE = tl.constexpr(7)
+
+
+@triton.jit
+def e4m3(x):
+    """float32 below 448 to the nearest float8_e4m3fn, ties to even: one instruction on a GPU.
+
+    The interpreter forgets the carry out of the mantissa, so there x is rounded before it.
+    """
+    if INTERPRET:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000
+        small = (x + _TO_SMALLEST_E4M3) - _TO_SMALLEST_E4M3
+        x = tl.where(tl.abs(x) < 0.015625, small, bits.to(tl.float32, bitcast=True))
+    return x.to(tl.float8e4nv)
+
+
+@triton.jit
+def round_half_even(x):
+    """float32 |x| < 2^22 to the nearest integer, as float32."""
+    return (x + _TO_INTEGER) - _TO_INTEGER
+
+
+@triton.jit
+def power_of_two(exponent):
+    """float32 2^exponent of int32 exponents in [-126, 127]."""
+    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def scale_exponent(largest):
+    """Exponent of the power-of-two scale that puts float32 `largest` into [128, 256)."""
+    exponent = (largest.to(tl.int32, bitcast=True) >> 23) - 127 - _LOG2_LARGEST_CODE
+    return tl.minimum(tl.maximum(exponent, -126), 126)

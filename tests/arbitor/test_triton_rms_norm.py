@@ -1,0 +1,86 @@
+"""The fused norm and quantizer against the references: codes, scales, layouts, gradients."""
+
+import pytest
+import torch
+
+from arbitor.kernel.matmul.quantize import Quantized
+from arbitor.kernel.matmul.reference import quantize_activation
+from arbitor.kernel.rms_norm.reference import rms_norm_backward, rms_norm_forward
+
+triton_norm = pytest.importorskip("arbitor.kernel.rms_norm.triton")
+
+SHAPES = [(1, 1), (63, 65), (65, 63), (2, 1000), (3, 4097)]
+GPU_SHAPES = [(1000, 4097), (4097, 1000), (16384, 1), (257, 28672)]
+GPU = [pytest.param(shape, marks=pytest.mark.gpu) for shape in GPU_SHAPES]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def random_input(shape):
+    generator = torch.Generator().manual_seed(shape[0] * 7 + shape[1])
+    x_MK = torch.randn(shape, generator=generator) * torch.logspace(-3, 3, shape[0])[:, None]
+    return x_MK.bfloat16().to(DEVICE)
+
+
+def poison(monkeypatch):
+    """Every buffer that a wrapper allocates starts as NaN codes."""
+
+    def poisoned(*args, **kwargs):
+        return torch.zeros(*args, **kwargs).view(torch.uint8).fill_(0x7F).view(kwargs["dtype"])
+
+    monkeypatch.setattr(triton_norm.torch, "empty", poisoned)
+
+
+@pytest.mark.parametrize("activation", ["fp8", "int8"])
+@pytest.mark.parametrize("shape", SHAPES + GPU)
+def test_codes_differ_by_one_in_at_most_one_of_ten_thousand(shape, activation, monkeypatch):
+    x_MK = random_input(shape)
+    poison(monkeypatch)
+    x, saved, inverse_rms_M = triton_norm.rms_norm_quantize(x_MK, activation, for_backward=True)
+    monkeypatch.undo()
+    normalized_MK, expected_rms = rms_norm_forward(x_MK)
+    expected = quantize_activation(normalized_MK, activation)
+    # float32 sums of K squares in another order.
+    torch.testing.assert_close(inverse_rms_M, expected_rms, rtol=1e-6, atol=0)
+    torch.testing.assert_close(x.scale, expected.scale, rtol=1e-6, atol=0)
+    difference = code_numbers(x.codes) - code_numbers(expected.codes)
+    assert difference.abs().max() <= 1
+    assert (difference != 0).sum() <= max(1, 1e-4 * x_MK.numel())
+    assert saved.codes.T.is_contiguous()
+    assert torch.equal(saved.codes.view(torch.int8), x.codes.view(torch.int8))
+
+
+def code_numbers(codes):
+    """Neighbouring codes are neighbouring integers; both zeros are 0."""
+    if codes.dtype == torch.int8:
+        return codes.int()
+    bits = codes.view(torch.uint8).int()
+    return torch.where(bits >= 128, 128 - bits, bits)
+
+
+def test_inference_writes_no_second_copy():
+    x_MK = random_input((5, 70))
+    x, saved, _ = triton_norm.rms_norm_quantize(x_MK, "fp8", for_backward=False)
+    trained, _, _ = triton_norm.rms_norm_quantize(x_MK, "fp8", for_backward=True)
+    assert saved is None
+    assert torch.equal(x.codes.view(torch.int8), trained.codes.view(torch.int8))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("activation", ["fp8", "int8"])
+@pytest.mark.parametrize("shape", SHAPES + GPU)
+def test_gradient_equals_the_reference(shape, activation, dtype, monkeypatch):
+    x_MK = random_input(shape)
+    generator = torch.Generator().manual_seed(1)
+    grad_MK = torch.randn(shape, generator=generator).to(DEVICE, dtype)
+    _, x, inverse_rms_M = triton_norm.rms_norm_quantize(x_MK, activation, for_backward=True)
+    poison(monkeypatch)
+    got = triton_norm.rms_norm_backward_x(grad_MK, x, inverse_rms_M, torch.float32)
+    monkeypatch.undo()
+    row_major = Quantized(x.codes.contiguous(), x.scale)
+    assert torch.equal(
+        got, triton_norm.rms_norm_backward_x(grad_MK, row_major, inverse_rms_M, torch.float32)
+    )
+    expected = rms_norm_backward(grad_MK.float(), x.values(), inverse_rms_M)
+    # Both terms of the difference are rounded at 2^-24 of themselves; sums of K run in another order.
+    bound = 1e-5 * (grad_MK.float().abs() + x.values().abs()) * inverse_rms_M[:, None]
+    assert ((got - expected).abs() <= bound).all()
