@@ -9,6 +9,7 @@ import torch
 from arbitor.kernel.latent_update import fixed_point as fp
 from arbitor.kernel.latent_update import moments, state
 from arbitor.kernel.latent_update import reference as rule
+from arbitor.kernel.latent_update import slots as slot_integers
 from arbitor.kernel.latent_update import state as start
 from arbitor.kernel.latent_update.slots import slot_format
 from tests.arbitor.plain_update import plain_update
