@@ -18,22 +18,10 @@ from arbitor.kernel.latent_update.fixed_point import (
     stream_key,
     tensor_id,
 )
-from arbitor.kernel.latent_update.moments import (
-    step_rates,
-)
-from arbitor.kernel.latent_update.reference import (
-    UpdateStats,
-    update,
-)
-from arbitor.kernel.latent_update.slots import (
-    quantize_exact,
-    quantize_slot,
-    row_exponents,
-    slot_format,
-)
-from arbitor.kernel.latent_update.state import (
-    calibrate,
-)
+from arbitor.kernel.latent_update.moments import step_rates
+from arbitor.kernel.latent_update.op import add_slot, update
+from arbitor.kernel.latent_update.slots import quantize_exact, row_exponents, slot_format
+from arbitor.kernel.latent_update.state import calibrate
 from arbitor.kernel.ternary_scale import TernaryWeight
 from arbitor.main import ARBModel
 
@@ -51,9 +39,10 @@ class UpdateConfig:
     final_factor: float = 0.1  # the cosine ends at this multiple of the rates
 
     def validate(self) -> None:
-        for name in ("latent_rate", "table_rate", "scale_rate", "final_factor"):
-            if not 0 <= getattr(self, name) <= 40:
-                raise UserError(f"update.{name}: expected 0 to 40, got {getattr(self, name)}")
+        largest = {"latent_rate": 20, "table_rate": 1, "scale_rate": 0.5, "final_factor": 1}
+        for name, limit in largest.items():
+            if not 0 <= getattr(self, name) <= limit:
+                raise UserError(f"update.{name}: expected 0 to {limit}, got {getattr(self, name)}")
         if self.warmup_steps < 0:
             raise UserError(f"update.warmup_steps: expected at least 0, got {self.warmup_steps}")
 
@@ -84,7 +73,7 @@ class NonFiniteError(RuntimeError):
 class TernaryOptimizer:
     """Collects the slots of a step on this worker; `step` sums over the workers and updates.
 
-    Made after the weights are in place: it notes which of them have been updated before.
+    Made after the weights are in place: it notes how often each of them has been updated.
     """
 
     def __init__(
@@ -101,55 +90,69 @@ class TernaryOptimizer:
         self.slots_per_step, self.all_reduce = slots_per_step, all_reduce
         self.slot_format = slot_format(slots_per_step)
         self.weights = model.ternary_weights()
-        self._calibrated = {name for name, w in self.weights if w.num_updates.item() > 0}
+        self.device = self.weights[0][1].latent.device
+        self._updates = {name: int(weight.num_updates) for name, weight in self.weights}
         self._clear()
 
     def _clear(self) -> None:
         self._sums: dict[str, Tensor] = {}
         # Gradients of weights without exponents are kept as they are until the end of the step.
         self._first_gradients: dict[str, list[tuple[int, Tensor]]] = {}
-        self._contributions = torch.zeros(len(self.weights), dtype=torch.int32)
-        self._loss_bits = torch.zeros(self.slots_per_step, dtype=torch.int32)
-        self._conversion = torch.zeros(3, dtype=torch.int64)  # non-finite, clipped, all entries
+        self._contributions = dict.fromkeys(self._updates, 0)
+        self._losses: dict[int, Tensor] = {}
+        self._conversion = self._counters(2)  # non-finite and clipped entries
 
     def add_slot(self, step: int, slot: int, loss: Tensor) -> None:
         """Takes the gradients that the backward pass of one slot left on the weights."""
-        self._loss_bits[slot] = loss.detach().float().cpu().view(torch.int32)
-        for index, (name, weight) in enumerate(self.weights):
+        self._losses[slot] = loss.detach().float()
+        for name, weight in self.weights:
             gradient, weight.slot_gradient = weight.slot_gradient, None
             if gradient is None:
                 continue
-            self._contributions[index] += 1
-            if name in self._calibrated:
+            self._contributions[name] += 1
+            if self._updates[name]:
                 self._add_integers(step, slot, name, weight, gradient)
             else:
                 self._first_gradients.setdefault(name, []).append((slot, gradient))
 
     def step(self, step: int) -> UpdateReport:
         """Sums over the workers, updates every weight that got a gradient, starts the next step."""
-        losses = self._reduced_losses(step)
-        self._reduce(self._contributions)
-        touched = [w for w, count in zip(self.weights, self._contributions, strict=True) if count]
+        losses = self._gather(step)
+        touched = [pair for pair in self.weights if self._contributions[pair[0]]]
         active = [(name, weight) for name, weight in touched if self._is_ready(step, name, weight)]
         self._reduce(self._conversion)
-        non_finite, clipped, converted = self._conversion.tolist()
+        non_finite, clipped = self._conversion.tolist()
         if non_finite:
             raise NonFiniteError(f"step {step}: {non_finite} gradient entries are not finite")
-        flips = zeros = 0
+        counters = self._counters(3)  # flips, zeros, saturated
         for name, weight in active:
-            stats = self._update(step, name, weight)
-            flips, zeros = flips + stats.flips, zeros + stats.zeros
-        total = max(1, sum(weight.latent.numel() for _, weight in active))
+            self._update(step, name, weight, counters)
+        flips, zeros, _ = counters.tolist()
+        weights = max(1, sum(weight.latent.numel() for _, weight in active))
+        converted = max(1, sum(self._contributions[n] * w.latent.numel() for n, w in active))
         self._clear()
-        return UpdateReport(losses, flips / total, zeros / total, clipped / max(1, converted))
+        return UpdateReport(losses, flips / weights, zeros / weights, clipped / converted)
 
-    def _reduced_losses(self, step: int) -> list[float]:
-        # Each slot's bits come from one worker, the others add 0: the integer sum copies the float.
-        self._reduce(self._loss_bits)
-        losses = self._loss_bits.view(torch.float32).tolist()
+    def _gather(self, step: int) -> list[float]:
+        """The losses of all slots; makes the contributions those of all workers.
+
+        A slot's loss comes from one worker, the others add 0: the sum of its bits copies it.
+        """
+        gathered = torch.zeros(
+            self.slots_per_step + len(self.weights), dtype=torch.int32, device=self.device
+        )
+        for slot, loss in self._losses.items():
+            gathered[slot] = loss.view(torch.int32)
+        bits, contributions = gathered[: self.slots_per_step], gathered[self.slots_per_step :]
+        contributions += torch.tensor(
+            list(self._contributions.values()), dtype=torch.int32, device=self.device
+        )
+        self._reduce(gathered)
+        losses = bits.view(torch.float32).tolist()
         bad = [slot for slot, loss in enumerate(losses) if not math.isfinite(loss)]
         if bad:
             raise NonFiniteError(f"step {step}: the loss of slot {bad[0]} is {losses[bad[0]]}")
+        self._contributions = dict(zip(self._updates, contributions.tolist(), strict=True))
         return losses
 
     def _is_ready(self, step: int, name: str, weight: TernaryWeight) -> bool:
@@ -157,16 +160,15 @@ class TernaryOptimizer:
 
         Exponents come from the exact sum over all slots, then the same gradients become integers.
         """
-        if name in self._calibrated:
+        if self._updates[name]:
             return True
         gradients = self._first_gradients.pop(name, [])
         exact_sum = torch.zeros_like(weight.latent, dtype=torch.int64)
         for _, gradient in gradients:
-            exact_sum += quantize_exact(gradient)
+            exact_sum += quantize_exact(gradient.float())
         self._reduce(exact_sum)
         if not calibrate(weight.state(), exact_sum):
             return False
-        self._calibrated.add(name)
         for slot, gradient in gradients:
             self._add_integers(step, slot, name, weight, gradient)
         return True
@@ -174,16 +176,13 @@ class TernaryOptimizer:
     def _add_integers(
         self, step: int, slot: int, name: str, weight: TernaryWeight, gradient: Tensor
     ) -> None:
+        if name not in self._sums:
+            self._sums[name] = torch.zeros_like(weight.latent, dtype=self.slot_format.sum_dtype)
         key = stream_key(self.seed, step, tensor_id(name), STREAM_SLOT + slot)
         exponents_N = row_exponents(weight.row_moment, self.slot_format)
-        integers, non_finite, clipped = quantize_slot(gradient, exponents_N, self.slot_format, key)
-        if name in self._sums:
-            self._sums[name] += integers
-        else:
-            self._sums[name] = integers
-        self._conversion += torch.tensor([non_finite, clipped, gradient.numel()])
+        add_slot(gradient, exponents_N, self.slot_format, key, self._sums[name], self._conversion)
 
-    def _update(self, step: int, name: str, weight: TernaryWeight) -> UpdateStats:
+    def _update(self, step: int, name: str, weight: TernaryWeight, counters: Tensor) -> None:
         grad_sum = self._sums.pop(name, None)
         if grad_sum is None:  # only other workers had slots that use this weight
             grad_sum = torch.zeros_like(weight.latent, dtype=self.slot_format.sum_dtype)
@@ -194,11 +193,16 @@ class TernaryOptimizer:
         if weight.rate == "table":
             latent_rate *= self.config.table_rate
         # The row scale counts in 1/256 octave.
-        rates = step_rates(
-            round(latent_rate * factor), round(256 * self.config.scale_rate * factor)
-        )
+        scale_rate = 256 * self.config.scale_rate
+        rates = step_rates(round(latent_rate * factor), round(scale_rate * factor))
         key = stream_key(self.seed, step, tensor_id(name), STREAM_UPDATE)
-        return update(weight.state(), grad_sum, self.slot_format, rates, key)
+        self._updates[name] += 1
+        update(
+            weight.state(), grad_sum, self.slot_format, rates, key, self._updates[name], counters
+        )
+
+    def _counters(self, count: int) -> Tensor:
+        return torch.zeros(count, dtype=torch.int64, device=self.device)
 
     def _reduce(self, integers: Tensor) -> None:
         if self.all_reduce is not None:

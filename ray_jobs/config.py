@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from arbitor.errors import UserError
 from arbitor.kernel.backend import BACKENDS
+from arbitor.kernel.latent_update.slots import MAX_SLOTS
 from arbitor.main import ModelConfig
 from arbitor.modality import MODALITIES
 from arbitor.optimizer import UpdateConfig
@@ -65,6 +66,11 @@ class RunConfig:
         for name in ("num_workers", "threads_per_worker"):
             if getattr(self.scaling, name) < 1:
                 raise UserError(f"scaling.{name}: expected at least 1")
+        if self.data.slots_per_step > MAX_SLOTS:
+            raise UserError(
+                f"data.slots_per_step: expected at most {MAX_SLOTS} (their sum must stay exact),"
+                f" got {self.data.slots_per_step}; raise data.batch_size instead"
+            )
         if self.scaling.num_workers > self.data.slots_per_step:
             raise UserError(
                 f"scaling.num_workers: {self.scaling.num_workers} workers cannot share"

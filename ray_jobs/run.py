@@ -25,39 +25,38 @@ from ray_jobs.worker import CHECKPOINTS, DATA_MANIFEST, run_worker
 
 CONFIG = "config.yaml"
 
-# A run that goes on may change these; everything else decides its bits.
-_MAY_CHANGE = [
-    "steps",
-    "log_interval",
-    "eval_interval",
-    "save_interval",
-    "save",
-    "log_slots",
-    "tracking",
-    "storage",
-]
+# A run that goes on may change these keys and sections; everything else decides its bits.
+_MAY_CHANGE = ("steps", "log_interval", "eval_interval", "save_interval", "save", "log_slots")
+_MAY_CHANGE += ("storage", "tracking", "scaling.num_workers")
 
 
 def main(job: str, about: str, defaults: Mapping[str, Any]) -> None:
-    """The entry point of a job: reads the command line, runs, exits 2 on a user's mistake."""
-    exit_on_user_error(lambda: run(load_run_config(job, sys.argv[1:], defaults, about)))
+    """The entry point of a job: reads the command line and runs."""
+    exit_with_message(lambda: run(load_run_config(job, sys.argv[1:], defaults, about)))
 
 
-def exit_on_user_error(work: Callable[[], Any]) -> None:
+def exit_with_message(work: Callable[[], Any]) -> None:
+    """Exit code 2 and one line for a user's mistake; 1 and the worker's error for a failed run."""
     try:
         work()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except ray.train.TrainingFailedError as error:
+        print(error, file=sys.stderr)
+        print("run failed; the same command resumes at the newest checkpoint", file=sys.stderr)
+        sys.exit(1)
 
 
 def run(config: RunConfig) -> None:
     """Trains to the last step, or goes on with an unfinished run of the same configuration."""
-    done = prepare_folder(config)
+    done = steps_done(config)
     if done >= config.steps:
         print(f"run {config.name} is finished: {done} steps in {config.folder}")
         return
     manifests = index_sources(config.data, sample_folder=config.folder.parent / "samples")
+    config.folder.mkdir(parents=True, exist_ok=True)
+    (config.folder / CONFIG).write_text(write_yaml(config.values()))
     (config.folder / DATA_MANIFEST).write_text(manifests_to_json(manifests))
     console, tracker = Console(config), Tracker(config)
     status = "FAILED"
@@ -74,26 +73,23 @@ def run(config: RunConfig) -> None:
     print(closing_lines(config, tracker.uri))
 
 
-def prepare_folder(config: RunConfig) -> int:
-    """Makes the run's folder or checks that it belongs to this configuration; the steps done."""
+def steps_done(config: RunConfig) -> int:
+    """How far the run in this folder is; refuses a folder that belongs to another configuration."""
     path = config.folder / CONFIG
     if not path.exists():
-        config.folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(write_yaml(config.values()))
         return 0
     before = dict(flatten(build(RunConfig, read_yaml(path)).values()))
     now = dict(flatten(config.values()))
     changed = [
         f"{key} {before.get(key)!r} -> {now.get(key)!r}"
         for key in sorted(before | now)
-        if before.get(key) != now.get(key) and key.split(".")[0] not in _MAY_CHANGE
+        if before.get(key) != now.get(key) and not key.startswith(_MAY_CHANGE)
     ]
     if changed:
         raise UserError(
             f"{config.folder}: holds a run of another configuration ({'; '.join(changed)});"
             " give --run another name, or delete the folder"
         )
-    path.write_text(write_yaml(config.values()))
     newest = newest_checkpoint(config.folder / CHECKPOINTS)
     return read_manifest(newest).step if newest else 0
 

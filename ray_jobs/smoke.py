@@ -12,7 +12,7 @@ from statistics import mean
 from data_pipeline.statistics import unigram_entropy
 from ray_jobs.config import RunConfig, load_run_config
 from ray_jobs.journal import JournalReader, Record
-from ray_jobs.run import exit_on_user_error, run
+from ray_jobs.run import exit_with_message, run
 from ray_jobs.worker import open_run_data
 
 CONFIG = Path(__file__).parents[1] / "configs" / "smoke.yaml"
@@ -20,7 +20,7 @@ FALL = 0.9  # the last fifth of a source's losses is below this share of its fir
 
 
 def main() -> None:
-    exit_on_user_error(lambda: smoke(sys.argv[1:]))
+    exit_with_message(lambda: smoke(sys.argv[1:]))
 
 
 def smoke(arguments: list[str]) -> None:

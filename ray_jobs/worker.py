@@ -6,7 +6,8 @@ import math
 import platform
 from collections import defaultdict
 from collections.abc import Iterator
-from itertools import groupby
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,13 @@ import torch
 import torch.distributed
 
 from arbitor.batch import SlotBatch
-from arbitor.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from arbitor.kernel.backend import resolve_backend
+from arbitor.checkpoint import (
+    load_checkpoint,
+    newest_checkpoint,
+    read_manifest,
+    save_checkpoint,
+)
+from arbitor.kernel.backend import set_backend
 from arbitor.main import ARBModel
 from arbitor.modality import BYTE_MODALITIES
 from arbitor.optimizer import TernaryOptimizer
@@ -41,11 +47,17 @@ def run_worker(values: dict[str, Any]) -> None:
     rank, world = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
     set_conditions(config)
-    resolve_backend(config.backend)
+    set_backend(config.backend)
 
     data = open_run_data(config)
+    checkpoint = newest_checkpoint(config.folder / CHECKPOINTS)
+    start = read_manifest(checkpoint).step if checkpoint else 0
+    slots = begin(stream_slots(data, start, config.steps, rank, world))
+    if config.log_slots:
+        slots = log_slots(slots, config.folder / f"slots-{rank}.jsonl")
     model = ARBModel(config.model, config.seed)
-    start = resume(model, config, data)
+    if checkpoint:
+        restore(model, checkpoint, config, data)
     model.to(device)
     optimizer = TernaryOptimizer(
         model,
@@ -55,9 +67,6 @@ def run_worker(values: dict[str, Any]) -> None:
         seed=config.seed,
         all_reduce=torch.distributed.all_reduce if world > 1 else None,
     )
-    slots = stream_slots(data, start, config.steps, rank, world)
-    if config.log_slots:
-        slots = log_slots(slots, config.folder / f"slots-{rank}.jsonl")
     recorder = Recorder(config, data, model) if rank == 0 else None
     train(model, optimizer, by_step(slots, device), recorder or ignore)
     if recorder:
@@ -79,27 +88,36 @@ def set_conditions(config: RunConfig) -> None:
 
 def conditions(config: RunConfig) -> dict[str, Any]:
     """The conditions under which a run's bits repeat, for the checkpoint's manifest."""
-    on_gpu = config.scaling.use_gpu
+    if config.scaling.use_gpu:
+        device = torch.cuda.get_device_name()
+    else:
+        device = torch.backends.cpu.get_cpu_capability()
     return {
-        "device": torch.cuda.get_device_name()
-        if on_gpu
-        else torch.backends.cpu.get_cpu_capability(),
+        "device": device,
         "machine": platform.machine(),
         "torch": torch.__version__,
         "threads_per_worker": config.scaling.threads_per_worker,
     }
 
 
-def resume(model: ARBModel, config: RunConfig, data: RunData) -> int:
-    """Loads the newest valid checkpoint of the run, if it has one; the number of steps done."""
-    folder = newest_checkpoint(config.folder / CHECKPOINTS)
-    if folder is None:
-        return 0
-    manifest, tensors = load_checkpoint(folder)
+def restore(model: ARBModel, checkpoint: Path, config: RunConfig, data: RunData) -> None:
+    """Loads a checkpoint if data, plan and conditions are those that it was made with."""
+    manifest, tensors = load_checkpoint(checkpoint)
     if manifest.plan_fingerprint != data.fingerprint:
-        raise RuntimeError(f"{folder}: was made with other data or another plan; cannot go on")
+        raise RuntimeError(f"{checkpoint}: was made with other data or another plan; cannot go on")
+    now = conditions(config)
+    changed = [f"{k} {old} -> {now[k]}" for k, old in manifest.conditions.items() if now[k] != old]
+    if changed:
+        raise RuntimeError(f"{checkpoint}: bits would differ here ({'; '.join(changed)})")
     model.load_state_dict(tensors)
-    return manifest.step
+
+
+def begin(slots: Iterator[PackedSlot]) -> Iterator[PackedSlot]:
+    """Fetches the first slot at once, on a thread: data starts while the model is being built."""
+    pool = ThreadPoolExecutor(1)
+    first = pool.submit(next, slots)
+    pool.shutdown(wait=False)
+    return chain((future.result() for future in [first]), slots)
 
 
 def log_slots(slots: Iterator[PackedSlot], path: Path) -> Iterator[PackedSlot]:
@@ -151,12 +169,13 @@ class Recorder:
         self.held_out = {
             source: [to_batch(slot, device) for slot in held_out_slots(data, source)]
             for source in data.manifests
+            if config.eval_interval > 0
         }
 
     def __call__(self, report: StepReport) -> None:
         done = report.step + 1
         metrics = self.step_metrics(report)
-        if self._due(done, self.config.eval_interval) and self.config.eval_interval:
+        if self._due(done, self.config.eval_interval):
             metrics |= self.validation_metrics()
         self.journal.append(done, metrics)
         if self.config.save and self._due(done, self.config.save_interval):

@@ -10,24 +10,16 @@ from dataclasses import fields
 import torch
 from torch import Tensor, nn
 
-from arbitor.kernel.embedding.reference import embedding_backward, embedding_forward
-from arbitor.kernel.latent_update.fixed_point import (
-    POW2_Q16,
-    float32_power_of_two,
-)
+from arbitor.kernel.backend import refuse_tilelang_training
+from arbitor.kernel.embedding.op import lookup, lookup_backward
 from arbitor.kernel.latent_update.state import (
     TernaryState,
     init_state,
     trits,
 )
+from arbitor.kernel.matmul import op as matmul
 from arbitor.kernel.matmul.quantize import Quantized
-from arbitor.kernel.matmul.reference import (
-    matmul_backward_weight,
-    matmul_backward_x,
-    matmul_forward,
-    quantize_activation,
-)
-from arbitor.kernel.rms_norm.reference import rms_norm_backward, rms_norm_forward
+from arbitor.kernel.rms_norm.op import normalize, normalize_backward
 
 
 class TernaryWeight(nn.Module):
@@ -39,7 +31,7 @@ class TernaryWeight(nn.Module):
     def __init__(self, num_rows: int, num_cols: int, gain: float = 1.0, rate: str = "matrix"):
         super().__init__()
         self.num_rows, self.num_cols, self.gain, self.rate = num_rows, num_cols, gain, rate
-        self.slot_gradient: Tensor | None = None  # float32 [N, K], between backward and optimizer
+        self.slot_gradient: Tensor | None = None  # [N, K], between backward and optimizer
         self.load(init_state(num_rows, num_cols, gain, seed=0, name=""))
 
     def initialize(self, seed: int, name: str) -> None:
@@ -62,13 +54,16 @@ class TernaryWeight(nn.Module):
 
     def row_scale(self) -> Tensor:
         """float32 2^(log2_scale / 256), [N]."""
-        log2_scale = self.log2_scale.int()
-        mantissa = POW2_Q16.to(log2_scale.device)[log2_scale & 255].float()
-        return mantissa * float32_power_of_two((log2_scale >> 8) - 16)
+        return matmul.row_scale(self.log2_scale)
 
     def add_gradient(self, grad_NK: Tensor) -> None:
-        """Sums the uses of this weight in one slot, in the fixed order of the backward pass."""
-        self.slot_gradient = grad_NK if self.slot_gradient is None else self.slot_gradient + grad_NK
+        """Sums the uses of this weight in one slot, in the fixed order of the backward pass.
+
+        float32; a GPU may leave the only use of a slot in bfloat16.
+        """
+        if self.slot_gradient is not None:
+            grad_NK = self.slot_gradient.float() + grad_NK
+        self.slot_gradient = grad_NK
 
 
 class TernaryLinear(TernaryWeight):
@@ -86,6 +81,8 @@ class TernaryLinear(TernaryWeight):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            refuse_tilelang_training()
         y_MN = _LinearFunction.apply(x.reshape(-1, self.num_cols), self)
         return y_MN.view(*x.shape[:-1], self.num_rows)
 
@@ -111,22 +108,22 @@ class _LinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_MK: Tensor, linear: TernaryLinear) -> Tensor:
-        normalized_MK, inverse_rms_M = rms_norm_forward(x_MK)
-        x = quantize_activation(normalized_MK, linear.activation)
-        ctx.linear, ctx.input_dtype = linear, x_MK.dtype
-        ctx.save_for_backward(x.codes, x.scale, inverse_rms_M)
-        return matmul_forward(x, linear.operand(), linear.row_scale())
+        for_backward = any(ctx.needs_input_grad)
+        x, saved, inverse_rms_M = normalize(x_MK, linear.activation, for_backward)
+        if for_backward:
+            ctx.linear, ctx.input_dtype = linear, x_MK.dtype
+            ctx.save_for_backward(saved.codes, saved.scale, inverse_rms_M)
+        return matmul.forward(x, linear.latent, linear.row_scale())
 
     @staticmethod
     def backward(ctx, grad_MN: Tensor) -> tuple[Tensor, None]:
         codes, scale, inverse_rms_M = ctx.saved_tensors
         linear, x = ctx.linear, Quantized(codes, scale)
-        linear.add_gradient(matmul_backward_weight(grad_MN, x, linear.activation))
-        grad_MK = matmul_backward_x(
-            grad_MN, linear.operand(), linear.row_scale(), linear.activation
+        grad_MK, grad_NK = matmul.backward(
+            grad_MN, x, linear.latent, linear.row_scale(), linear.activation
         )
-        grad_MK = rms_norm_backward(grad_MK, x.values(), inverse_rms_M)
-        return grad_MK.to(ctx.input_dtype), None
+        linear.add_gradient(grad_NK)
+        return normalize_backward(grad_MK, x, inverse_rms_M, ctx.input_dtype), None
 
 
 class _EmbeddingFunction(torch.autograd.Function):
@@ -134,10 +131,10 @@ class _EmbeddingFunction(torch.autograd.Function):
     def forward(ctx, anchor: Tensor, indices_M: Tensor, table: TernaryEmbedding) -> Tensor:
         ctx.table = table
         ctx.save_for_backward(indices_M)
-        return embedding_forward(indices_M, table.operand(), table.row_scale())
+        return lookup(indices_M, table.latent, table.row_scale())
 
     @staticmethod
     def backward(ctx, grad_MD: Tensor) -> tuple[None, None, None]:
         (indices_M,) = ctx.saved_tensors
-        ctx.table.add_gradient(embedding_backward(indices_M, grad_MD, ctx.table.num_rows))
+        ctx.table.add_gradient(lookup_backward(indices_M, grad_MD, ctx.table.num_rows))
         return None, None, None

@@ -32,6 +32,16 @@ def e4m3(x):
 
 
 @triton.jit
+def nearest(x, DTYPE: tl.constexpr):
+    """float32 to bfloat16 (ties to even) or float32; the interpreter alone would cut bits off."""
+    if INTERPRET and tl.bfloat16 == DTYPE:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(DTYPE)
+
+
+@triton.jit
 def round_half_even(x):
     """float32 |x| < 2^22 to the nearest integer, as float32."""
     return (x + _TO_INTEGER) - _TO_INTEGER
@@ -48,3 +58,12 @@ def scale_exponent(largest):
     """Exponent of the power-of-two scale that puts float32 `largest` into [128, 256)."""
     exponent = (largest.to(tl.int32, bitcast=True) >> 23) - 127 - _LOG2_LARGEST_CODE
     return tl.minimum(tl.maximum(exponent, -126), 126)
+
+
+@triton.jit
+def widen(x):
+    """float32 of bfloat16 (or float32), by its bits: the interpreter gets subnormals wrong."""
+    if x.dtype == tl.bfloat16:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x

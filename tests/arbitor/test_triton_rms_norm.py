@@ -10,7 +10,7 @@ from arbitor.kernel.rms_norm.reference import rms_norm_backward, rms_norm_forwar
 triton_norm = pytest.importorskip("arbitor.kernel.rms_norm.triton")
 
 SHAPES = [(1, 1), (63, 65), (65, 63), (2, 1000), (3, 4097)]
-GPU_SHAPES = [(1000, 4097), (4097, 1000), (16384, 1), (257, 28672)]
+GPU_SHAPES = [(1000, 4097), (4097, 1000), (16384, 65), (257, 28672)]
 GPU = [pytest.param(shape, marks=pytest.mark.gpu) for shape in GPU_SHAPES]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -39,9 +39,9 @@ def test_codes_differ_by_one_in_at_most_one_of_ten_thousand(shape, activation, m
     monkeypatch.undo()
     normalized_MK, expected_rms = rms_norm_forward(x_MK)
     expected = quantize_activation(normalized_MK, activation)
-    # float32 sums of K squares in another order.
-    torch.testing.assert_close(inverse_rms_M, expected_rms, rtol=1e-6, atol=0)
-    torch.testing.assert_close(x.scale, expected.scale, rtol=1e-6, atol=0)
+    # float32 sums of up to 28,672 squares in another order, and two roots within 2^-22.
+    torch.testing.assert_close(inverse_rms_M, expected_rms, rtol=2e-6, atol=0)
+    torch.testing.assert_close(x.scale, expected.scale, rtol=2e-6, atol=0)
     difference = code_numbers(x.codes) - code_numbers(expected.codes)
     assert difference.abs().max() <= 1
     assert (difference != 0).sum() <= max(1, 1e-4 * x_MK.numel())
@@ -81,6 +81,6 @@ def test_gradient_equals_the_reference(shape, activation, dtype, monkeypatch):
         got, triton_norm.rms_norm_backward_x(grad_MK, row_major, inverse_rms_M, torch.float32)
     )
     expected = rms_norm_backward(grad_MK.float(), x.values(), inverse_rms_M)
-    # Both terms of the difference are rounded at 2^-24 of themselves; sums of K run in another order.
+    # Both terms are rounded at 2^-24 of themselves; sums of K run in another order.
     bound = 1e-5 * (grad_MK.float().abs() + x.values().abs()) * inverse_rms_M[:, None]
     assert ((got - expected).abs() <= bound).all()

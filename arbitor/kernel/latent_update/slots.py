@@ -18,6 +18,8 @@ from arbitor.kernel.latent_update.fixed_point import (
     low_bits,
 )
 
+MAX_SLOTS = 516  # a step's
+
 
 @dataclass(frozen=True)
 class SlotFormat:
@@ -49,7 +51,7 @@ def slot_format(slots_per_step: int) -> SlotFormat:
 
     Headroom qmax / 2^r0 over the row's rms: 64x and 16x.
     """
-    assert 1 <= slots_per_step <= 516, "sums of the slots must stay below 2^16"
+    assert 1 <= slots_per_step <= MAX_SLOTS, "sums of the slots must stay below 2^16"
     if slots_per_step <= 16:
         return SlotFormat(slots_per_step, bits=12, r0=5, stochastic=False)
     return SlotFormat(slots_per_step, bits=8, r0=3, stochastic=True)

@@ -1,5 +1,5 @@
-"""Latents to the weight operand of a matmul, and row scales. Oracles: `latent_update/state.py::trits`
-and `ternary_scale.py::TernaryWeight.row_scale`.
+"""Latents to the weight operand of a matmul, and row scales. Oracles:
+`latent_update/state.py::trits` and the torch path of `op.py::row_scale`.
 
 Shape letters: N outputs (rows), K inputs (columns).
 """
@@ -57,7 +57,9 @@ def decode_row_scale(log2_scale_N: Tensor, pow2_q16: Tensor) -> Tensor:
     """float32 2^(log2_scale / 256) [N], from the table `fixed_point.POW2_Q16` on the device."""
     N = log2_scale_N.numel()
     scale_N = torch.empty(N, dtype=torch.float32, device=log2_scale_N.device)
-    row_scale_forward_kernel[(triton.cdiv(N, 256),)](log2_scale_N, pow2_q16, scale_N, N, BLOCK_N=256)
+    row_scale_forward_kernel[(triton.cdiv(N, 256),)](
+        log2_scale_N, pow2_q16, scale_N, N, BLOCK_N=256
+    )
     return scale_N
 
 

@@ -55,7 +55,8 @@ def gradient_maxima_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """maxima [M + N]: bits of max |grad * row_scale| per position, |grad * position_scale| per output."""
+    """maxima [M + N]: bits of max |grad * row_scale| of the positions, then of max
+    |grad * position_scale| of the outputs."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     grad, row_scale, position_scale = _load_tile(

@@ -1,8 +1,8 @@
 """Gain-free RMSNorm fused with activation quantization, and its gradient. Oracle: `reference.py`
 followed by `matmul/reference.py::quantize_activation`.
 
-A program owns BLOCK_M whole rows: a first pass takes their sums of squares and maxima, a second one,
-which finds the rows in the L2 cache, writes the codes. Shape letters: M positions, K features.
+A program owns BLOCK_M whole rows: a first pass takes their sums of squares and maxima, a second
+one, which finds the rows in the L2 cache, writes the codes. Shape letters: M positions, K features.
 """
 
 import torch
@@ -12,7 +12,13 @@ from torch import Tensor
 
 from arbitor.kernel.matmul.quantize import Quantized
 from arbitor.kernel.rms_norm.reference import EPSILON
-from arbitor.kernel.triton_numeric import e4m3, power_of_two, round_half_even, scale_exponent
+from arbitor.kernel.triton_numeric import (
+    e4m3,
+    nearest,
+    power_of_two,
+    round_half_even,
+    scale_exponent,
+)
 
 # Rows of a program, columns of a step, warps. Transposed stores write BLOCK_M bytes at a stretch:
 # 32 is one sector of memory.
@@ -173,4 +179,4 @@ def rms_norm_backward_x_kernel(
         grad = tl.load(grad_ptr + row * stride_gm + column, mask=mask, other=0.0).to(tl.float32)
         normalized = codes.to(tl.float32) * scale[:, None]
         out = (grad - normalized * projection[:, None]) * inverse_rms[:, None]
-        tl.store(out_ptr + row * K + column, out.to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(out_ptr + row * K + column, nearest(out, out_ptr.dtype.element_ty), mask=mask)

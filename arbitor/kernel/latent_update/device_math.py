@@ -1,0 +1,32 @@
+"""Words, tables and the hash of `fixed_point`, their oracle, as the Triton kernels need them."""
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from arbitor.kernel.latent_update.fixed_point import LOG2_Q16, POW2_Q11, POW2_Q16
+
+
+@lru_cache(maxsize=64)
+def device_tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """POW2_Q11, POW2_Q16 and LOG2_Q16 on a device; copied there once."""
+    return POW2_Q11.to(device), POW2_Q16.to(device), LOG2_Q16.to(device)
+
+
+def signed_word(word: int) -> int:
+    """A 32-bit word as the int32 of the same bits: kernels see one argument type for every key."""
+    return word - (1 << 32) if word >> 31 else word
+
+
+@triton.jit
+def hash_word(word):
+    """uint32 `mix` of a 32-bit integer tensor."""
+    word = word.to(tl.uint32)
+    word ^= word >> 16
+    word = word * 0x7FEB352D
+    word ^= word >> 15
+    word = word * 0x846CA68B
+    return word ^ (word >> 16)

@@ -1,0 +1,152 @@
+"""The latent update on a GPU: the same integers as `reference.update`, its oracle, bit for bit.
+
+Three kernels an update. `prepare` turns the moments of before into factors of rows and columns and
+clears the sums, `update` passes once over the matrix, `finish` moves the moments and the scales.
+Sums over rows and columns are 64-bit integer atomics, so the order of programs does not matter.
+Nothing waits for the device. To time an update, call `update_` alone: it leaves the gradient sum
+as it was, and any `updates` from 62 on costs the same.
+
+Shape letters: N rows (outputs), K columns (inputs), G momentum groups = ceil(K / 64). Formula,
+memory layout and roofline: README.md.
+"""
+
+import torch
+import triton
+from torch import Tensor
+
+from arbitor.kernel.latent_update.device_math import device_tables, signed_word
+from arbitor.kernel.latent_update.fixed_point import (
+    log2_fraction,
+    moment_memory,
+    substream_key,
+)
+from arbitor.kernel.latent_update.moments import StepRates, bias_correction
+from arbitor.kernel.latent_update.moments_triton import finish_kernel, prepare_kernel
+from arbitor.kernel.latent_update.slot_triton import quantize_slot_
+from arbitor.kernel.latent_update.slots import SlotFormat, fraction_bits
+from arbitor.kernel.latent_update.state import GROUP, TernaryState
+from arbitor.kernel.latent_update.update_triton import update_kernel
+
+__all__ = ["quantize_slot_", "update_"]
+
+# One warp owns 8 rows of one group, 16 weights a thread, and walks down STEPS such tiles: sums
+# over columns and their factors stay in registers. 168 of these let 12 warps share a processor.
+TILE = {"BLOCK_N": 8, "num_warps": 1}
+REGISTERS = {True: 168, False: 255}  # where 64 divides K, and elsewhere
+# Tiles a program, from so many weights up: more save starts, fewer fill the processors evenly.
+STEPS = ((1 << 26, 16), (1 << 24, 8), (1 << 22, 4), (0, 2))
+BLOCK_PREPARE = 1024
+BLOCK_FINISH = 128
+
+_ROW_STREAM, _COL_STREAM, _SCALE_MOMENT_STREAM, _SCALE_STREAM, _TENSOR_STREAM = 2, 3, 4, 5, 6
+
+
+def update_(
+    state: TernaryState,
+    grad_sum_NK: Tensor,
+    fmt: SlotFormat,
+    rates: StepRates,
+    key: int,
+    updates: int,
+    counters: Tensor | None = None,
+) -> None:
+    """`reference.update` of a state on a GPU, in place; contiguous tensors.
+
+    `updates` is the number of this update, from 1 on (`num_updates` + 1, which the host must know).
+    Adds to `counters`, int64 [3], the numbers of flips, zeros and saturated latents; counting them
+    takes a quarter more instructions, None leaves it away.
+    """
+    num_rows, num_cols = state.latent.shape
+    num_groups = -(-num_cols // GROUP)
+    assert grad_sum_NK.shape == state.latent.shape and grad_sum_NK.dtype == fmt.sum_dtype
+    assert grad_sum_NK.is_contiguous() and state.latent.is_contiguous()
+    assert state.momentum.is_contiguous() and num_rows * num_cols <= 1 << 32 and updates >= 1
+    device = state.latent.device
+    pow2_q11, pow2_q16, log2_q16 = device_tables(device)
+    num_blocks = triton.cdiv(max(num_rows, num_cols), BLOCK_PREPARE)
+    rows = torch.empty(3, num_rows, dtype=torch.int32, device=device)
+    cols = torch.empty(num_cols, dtype=torch.float32, device=device)
+    lowest = torch.empty(num_blocks, dtype=torch.int32, device=device)
+    row_sums = torch.empty(2, num_rows, dtype=torch.int64, device=device)
+    col_sums = torch.empty(num_cols + 1, dtype=torch.int64, device=device)
+    prepare_kernel[(num_blocks,)](
+        state.row_moment,
+        state.col_moment,
+        state.tensor_moment,
+        pow2_q11,
+        rows,
+        cols,
+        lowest,
+        row_sums,
+        col_sums,
+        num_rows,
+        num_cols,
+        rates.log2_latent_rate + bias_correction(updates),
+        R0=fmt.r0,
+        FRACTION=fraction_bits(fmt),
+        BLOCK=BLOCK_PREPARE,
+    )
+    # Squares of a column are added in units that keep the sum over the tensor below 2^62.
+    column_shift = max(0, 62 - 2 * fmt.sum_bits - (num_rows * num_cols - 1).bit_length())
+    row_tiles = triton.cdiv(num_rows, TILE["BLOCK_N"])
+    steps = next(steps for size, steps in STEPS if num_rows * num_cols >= size)
+    steps = min(steps, triton.next_power_of_2(row_tiles))
+    grid = (num_groups, triton.cdiv(row_tiles, steps))
+    update_kernel[grid](
+        grad_sum_NK,
+        state.latent,
+        state.momentum,
+        state.momentum_exponent,
+        rows,
+        cols,
+        lowest,
+        row_sums,
+        col_sums,
+        counters,
+        num_rows,
+        num_cols,
+        num_groups,
+        num_blocks,
+        signed_word(key),
+        column_shift,
+        rates.max_latent_step,
+        SUM_BITS=fmt.sum_bits,
+        ALIGNED=num_cols % GROUP == 0,
+        WIDE=column_shift > 30 or fmt.sum_bits > 15,
+        COUNT=counters is not None,
+        STEPS=steps,
+        BLOCK_BLOCKS=triton.next_power_of_2(num_blocks),
+        maxnreg=REGISTERS[num_cols % GROUP == 0],
+        **TILE,
+    )
+    streams = (_ROW_STREAM, _COL_STREAM, _TENSOR_STREAM, _SCALE_MOMENT_STREAM, _SCALE_STREAM)
+    finish_kernel[(triton.cdiv(max(num_rows, num_cols), BLOCK_FINISH),)](
+        state.row_moment,
+        state.col_moment,
+        state.tensor_moment,
+        state.scale_moment,
+        state.log2_scale,
+        state.num_updates,
+        pow2_q16,
+        log2_q16,
+        rows,
+        lowest,
+        row_sums,
+        col_sums,
+        counters,
+        num_rows,
+        num_cols,
+        num_blocks,
+        updates,
+        moment_memory(updates),
+        bias_correction(updates),
+        rates.scale_step,
+        log2_fraction(num_rows),
+        log2_fraction(num_cols),
+        column_shift,
+        *(signed_word(substream_key(key, stream)) for stream in streams),
+        FRACTION=fraction_bits(fmt),
+        COUNT=counters is not None,
+        BLOCK=BLOCK_FINISH,
+        BLOCK_BLOCKS=triton.next_power_of_2(num_blocks),
+    )

@@ -1,0 +1,71 @@
+"""Which implementation runs a matmul: a shipped table by device, dtype and shape, nothing is timed.
+
+An entry is either "library" (cuBLASLt through torch) or the tile of a Triton kernel. Figures and
+commands behind the entries: `README.md` of this folder and `benchmarks/results/`.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """A Triton tile. `exact` adds fp8 products in float32 every `block_k`."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group_m: int = 8
+    exact: bool = False
+    tma: bool = False  # operands through descriptors, where their rows are aligned
+
+
+LIBRARY = "library"
+Choice = str | GemmConfig
+
+# The lab's best plain tile on an H100, of seven; the exact one keeps two accumulators in registers.
+_FAST = GemmConfig(128, 256, 128, num_warps=8, num_stages=3)
+_EXACT = GemmConfig(128, 128, 128, num_warps=8, num_stages=4, exact=True)
+_SMALL = GemmConfig(64, 64, 64, num_warps=4, num_stages=3)
+_SMALL_EXACT = GemmConfig(64, 64, 64, num_warps=4, num_stages=3, exact=True)
+_SMALL_BELOW = 128  # rows or columns of the result
+
+# What runs where the library takes the shape and no entry of `_TABLE` says otherwise.
+_DEFAULT: dict[str, Choice] = {
+    "forward": LIBRARY,
+    "backward_x": LIBRARY,
+    "backward_weight": LIBRARY,
+    "backward_weight_to_sum": _EXACT,
+}
+_TABLE: dict[tuple[str, str], Choice] = {}  # (device, op)
+
+
+def choose_gemm(
+    op: str, device: torch.device, dtype: torch.dtype, M: int, N: int, K: int
+) -> Choice:
+    """The implementation of C[M, N] = A[M, K] B[N, K]^T for an `op` of `_DEFAULT`."""
+    exact = op.startswith("backward_weight")
+    if min(M, N) < _SMALL_BELOW:
+        tile = _SMALL_EXACT if exact else _SMALL
+    else:
+        tile = _EXACT if exact else _FAST
+    choice = _choice_of(op, device)
+    if choice == LIBRARY:
+        return LIBRARY if _library_takes(dtype, N, K) else tile
+    return choice if choice and min(M, N) >= _SMALL_BELOW else tile
+
+
+@lru_cache
+def _choice_of(op: str, device: torch.device) -> Choice | None:
+    if device.type != "cuda":
+        return None
+    return _TABLE.get((torch.cuda.get_device_name(device), op), _DEFAULT[op])
+
+
+def _library_takes(dtype: torch.dtype, N: int, K: int) -> bool:
+    """int8 is faster in Triton, and the library would leave the scales to another kernel."""
+    return dtype == torch.float8_e4m3fn and N % 16 == 0 and K % 16 == 0

@@ -1,0 +1,73 @@
+"""The matmuls of a ternary linear on the backend in use.
+
+Shape letters: M positions, N outputs, K inputs. Triton and TileLang are imported where they run: a
+CPU needs neither.
+"""
+
+import torch
+from torch import Tensor
+
+from arbitor.kernel.backend import active_backend, count_path, runs_triton
+from arbitor.kernel.latent_update.fixed_point import POW2_Q16, float32_power_of_two
+from arbitor.kernel.latent_update.state import trits
+from arbitor.kernel.matmul import reference
+from arbitor.kernel.matmul.quantize import Quantized
+
+
+def forward(x: Quantized, latent_NK: Tensor, row_scale_N: Tensor) -> Tensor:
+    """bfloat16 y [M, N] = 2^s * scale * (codes . trits)."""
+    if active_backend() == "tilelang":
+        from arbitor.kernel.matmul import tilelang
+
+        y_MN, path = tilelang.matmul_forward(x, latent_NK, row_scale_N), "tilelang"
+    elif runs_triton(latent_NK):
+        from arbitor.kernel.matmul import triton
+
+        y_MN, path = triton.matmul_forward(x, latent_NK, row_scale_N)
+    else:
+        trits_NK = trits(latent_NK).to(torch.bfloat16)
+        y_MN, path = reference.matmul_forward(x, trits_NK, row_scale_N), "torch"
+    count_path("matmul.forward", path)
+    return y_MN
+
+
+def backward(
+    grad_MN: Tensor, x: Quantized, latent_NK: Tensor, row_scale_N: Tensor, activation: str
+) -> tuple[Tensor, Tensor]:
+    """Gradients with respect to the dequantized input [M, K] and the effective weight [N, K].
+
+    Both float32 on the torch path; elsewhere the input's is bfloat16, the weight's as its path
+    leaves it. One function, because the gradient of y is read once for both.
+    """
+    if not runs_triton(latent_NK):
+        grad_NK = reference.matmul_backward_weight(grad_MN, x, activation)
+        trits_NK = trits(latent_NK).to(torch.bfloat16)
+        grad_MK = reference.matmul_backward_x(grad_MN, trits_NK, row_scale_N, activation)
+        paths = ("torch", "torch")
+    elif activation == "int8":
+        from arbitor.kernel.matmul import triton
+
+        grad_MK, grad_NK = triton.int8_backward(grad_MN, x, latent_NK, row_scale_N)
+        paths = ("cublas", "cublas")
+    else:
+        from arbitor.kernel.matmul import triton
+
+        for_x, for_weight = triton.quantize_gradient(grad_MN, row_scale_N, x.scale)
+        grad_NK, weight_path = triton.matmul_backward_weight(for_weight, x)
+        grad_MK, x_path = triton.matmul_backward_x(for_x, latent_NK)
+        paths = (x_path, weight_path)
+    count_path("matmul.backward_x", paths[0])
+    count_path("matmul.backward_weight", paths[1])
+    return grad_MK, grad_NK
+
+
+def row_scale(log2_scale_N: Tensor) -> Tensor:
+    """float32 2^(log2_scale / 256) of int16 [N], the same bits everywhere."""
+    if runs_triton(log2_scale_N):
+        from arbitor.kernel.latent_update.device_math import device_tables
+        from arbitor.kernel.matmul.decode_triton import decode_row_scale
+
+        return decode_row_scale(log2_scale_N, device_tables(log2_scale_N.device)[1])
+    log2_scale_N = log2_scale_N.int()
+    mantissa_N = POW2_Q16.to(log2_scale_N.device)[log2_scale_N & 255].float()
+    return mantissa_N * float32_power_of_two((log2_scale_N >> 8) - 16)

@@ -1,0 +1,69 @@
+"""Forward matmul of a ternary linear in TileLang, an optional extra, for inference.
+
+Oracle: `reference.py::matmul_forward`. Shape letters: M positions, N outputs, K inputs.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arbitor.errors import UserError
+from arbitor.kernel.latent_update.state import trits
+from arbitor.kernel.matmul.quantize import Quantized
+
+try:
+    import tilelang
+    import tilelang.language as T
+except ImportError:
+    tilelang = None
+
+_NAMES = {
+    torch.float8_e4m3fn: ("float8_e4m3fn", "float32"),
+    torch.int8: ("int8", "int32"),
+}
+
+
+def matmul_forward(x: Quantized, latent_NK: Tensor, row_scale_N: Tensor) -> Tensor:
+    """bfloat16 y [M, N]."""
+    if tilelang is None:
+        raise UserError(
+            "backend tilelang: TileLang is not installed; pip install 'arbitor[tilelang]'"
+        )
+    (M, K), N = x.codes.shape, latent_NK.shape[0]
+    kernel = _build(M, N, K, *_NAMES[x.codes.dtype])
+    return kernel(x.codes, trits(latent_NK).to(x.codes.dtype), x.scale.flatten(), row_scale_N)
+
+
+@lru_cache(maxsize=256)
+def _build(M: int, N: int, K: int, operand: str, accumulator: str) -> Any:
+    block_m, block_n, block_k = 128, 128, 64
+
+    @T.prim_func
+    def matmul_forward_kernel(
+        x: T.Tensor((M, K), operand),
+        trits: T.Tensor((N, K), operand),
+        scale: T.Tensor((M,), "float32"),
+        row_scale: T.Tensor((N,), "float32"),
+        out: T.Tensor((M, N), "bfloat16"),
+    ):
+        with T.Kernel(T.ceildiv(N, block_n), T.ceildiv(M, block_m), threads=256) as (bn, bm):
+            x_shared = T.alloc_shared((block_m, block_k), operand)
+            trits_shared = T.alloc_shared((block_n, block_k), operand)
+            total = T.alloc_fragment((block_m, block_n), accumulator)
+            scaled = T.alloc_fragment((block_m, block_n), "float32")
+            T.clear(total)
+            for k in T.Pipelined(T.ceildiv(K, block_k), num_stages=3):
+                T.copy(x[bm * block_m, k * block_k], x_shared)
+                T.copy(trits[bn * block_n, k * block_k], trits_shared)
+                T.gemm(x_shared, trits_shared, total, transpose_B=True)
+            for i, j in T.Parallel(block_m, block_n):
+                scaled[i, j] = (
+                    T.cast(total[i, j], "float32")
+                    * scale[bm * block_m + i]
+                    * row_scale[bn * block_n + j]
+                )
+            T.copy(scaled, out[bm * block_m, bn * block_n])
+
+    return tilelang.compile(matmul_forward_kernel, out_idx=[-1])

@@ -1,0 +1,140 @@
+"""Choice of the backend, the paths that ops really take, and what TileLang refuses."""
+
+import importlib.util
+import warnings
+
+import pytest
+import torch
+
+from arbitor.errors import UserError
+from arbitor.kernel import backend
+from arbitor.kernel.ternary_scale import TernaryEmbedding, TernaryLinear
+
+ON_GPU = torch.cuda.is_available()
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+@pytest.fixture(autouse=True)
+def fresh_backend(monkeypatch):
+    """No choice has been made, nothing has been counted; afterwards as before."""
+    monkeypatch.setattr(backend, "_active", None)
+    monkeypatch.delenv(backend.BACKEND_VARIABLE, raising=False)
+    monkeypatch.delenv(backend.TILELANG_TRAINING_VARIABLE, raising=False)
+    backend.clear_path_counts()
+    yield
+    backend.clear_path_counts()
+
+
+def make_linear(activation="fp8", device="cpu"):
+    linear = TernaryLinear(96, 40, activation)
+    linear.initialize(seed=3, name="linear")
+    return linear.to(device)
+
+
+def test_auto_takes_triton_on_a_gpu_alone():
+    assert backend.resolve_backend("auto") == ("triton" if ON_GPU else "torch")
+
+
+def test_the_argument_wins_over_the_environment(monkeypatch):
+    monkeypatch.setenv(backend.BACKEND_VARIABLE, "tilelang")
+    assert backend.resolve_backend() == "tilelang"
+    assert backend.resolve_backend("torch") == "torch"
+    assert backend.active_backend() == "tilelang"
+
+
+def test_an_unknown_backend_in_the_environment_is_refused(monkeypatch):
+    monkeypatch.setenv(backend.BACKEND_VARIABLE, "jax")
+    with pytest.raises(UserError, match="auto, torch, triton, tilelang, got 'jax'"):
+        backend.resolve_backend()
+
+
+@pytest.mark.skipif(ON_GPU, reason="shows what happens without a GPU")
+def test_triton_without_a_gpu_warns_and_runs_torch(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.warns(UserWarning, match="needs a CUDA device"):
+        assert backend.set_backend("triton") == "torch"
+    with torch.no_grad():
+        make_linear()(torch.randn(3, 96))
+    assert backend.path_counts() == {
+        ("rms_norm.forward", "torch"): 1,
+        ("matmul.forward", "torch"): 1,
+    }
+
+
+@pytest.mark.skipif(ON_GPU, reason="the interpreter is for machines without a GPU")
+def test_the_interpreter_runs_only_when_asked_for(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert backend.resolve_backend("auto") == "torch"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backend.resolve_backend("triton") == "triton"
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+@pytest.mark.parametrize("activation", ["fp8", "int8"])
+def test_a_linear_learns_the_same_on_both_paths(activation):
+    torch.manual_seed(0)
+    x, grad = torch.randn(2, 33, 96), torch.randn(2, 33, 40).bfloat16()
+    results = {}
+    for name in ("torch", "triton"):
+        backend.set_backend(name)
+        backend.clear_path_counts()
+        device = "cuda" if ON_GPU and name == "triton" else "cpu"
+        linear, leaf = make_linear(activation, device), x.to(device).requires_grad_()
+        y = linear(leaf)
+        (y + linear(leaf)).backward(grad.to(device))
+        results[name] = [t.float().cpu() for t in (y, leaf.grad, linear.slot_gradient)]
+        paths = backend.path_counts()
+        assert {op for op, _ in paths} == {
+            "rms_norm.forward",
+            "matmul.forward",
+            "matmul.backward_x",
+            "matmul.backward_weight",
+            "rms_norm.backward",
+        }
+        allowed = {"torch"} if name == "torch" else {"triton", "cublas"}
+        assert {path for _, path in paths} <= allowed
+    for ours, reference in zip(results["triton"], results["torch"], strict=True):
+        # A bfloat16 rounding here and there; a code off by one moves a sum by less.
+        assert (ours - reference).norm() / reference.norm() < 2**-7
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+def test_an_embedding_is_the_same_on_both_paths():
+    torch.manual_seed(0)
+    indices, grad = torch.randint(0, 7, (2, 20)), torch.randn(2, 20, 24).bfloat16()
+    results = []
+    for name in ("torch", "triton"):
+        backend.set_backend(name)
+        backend.clear_path_counts()
+        device = "cuda" if ON_GPU and name == "triton" else "cpu"
+        table = TernaryEmbedding(7, 24)
+        table.initialize(seed=0, name="table")
+        table.to(device)
+        out = table(indices.to(device))
+        out.backward(grad.to(device))
+        results.append((out.detach().cpu(), table.slot_gradient.cpu()))
+        assert backend.path_counts() == {
+            ("embedding.forward", name): 1,
+            ("embedding.backward", name): 1,
+        }
+    for ours, reference in zip(*results, strict=True):
+        assert torch.equal(ours, reference)
+
+
+def test_training_with_tilelang_names_the_variable(monkeypatch):
+    backend.set_backend("tilelang")
+    with pytest.raises(UserError, match="ARB_TILELANG_TRAINING=1"):
+        make_linear()(torch.randn(3, 96))
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("tilelang") is not None, reason="shows what happens without TileLang"
+)
+def test_tilelang_that_is_missing_says_how_to_install_it(monkeypatch):
+    backend.set_backend("tilelang")
+    with torch.no_grad(), pytest.raises(UserError, match=r"pip install 'arbitor\[tilelang\]'"):
+        make_linear()(torch.randn(3, 96))
+    monkeypatch.setenv(backend.TILELANG_TRAINING_VARIABLE, "1")
+    with pytest.raises(UserError, match="not installed"):
+        make_linear()(torch.randn(3, 96))
