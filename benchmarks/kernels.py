@@ -124,10 +124,10 @@ def line_of(result: dict[str, Any]) -> str:
     rate = (
         f"{result['TFLOP/s']:7.0f} TFLOP/s" if result["TFLOP/s"] else f"{result['GB/s']:7.0f} GB/s"
     )
-    share = f"{100 * result['share_of_ceiling']:3.0f} %"
+    share = f"{100 * result['share_of_ceiling']:3.0f} % of ceiling"
     if result["ps_per_weight"]:
         share += f", {result['ps_per_weight']:.2f} ps a weight"
-    return f"{result['op']:<44} {result['us']:9.1f} us {rate} {share} of ceiling  {ratios}"
+    return f"{result['op']:<44} {result['us']:9.1f} us {rate} {share}  {ratios}"
 
 
 # ---- ops ----------------------------------------------------------------------------------------
