@@ -21,7 +21,8 @@ class FloatWeight(nn.Module):
     def __init__(self, ternary_weight: TernaryWeight, ternary: bool, generator: torch.Generator):
         super().__init__()
         rows, cols = ternary_weight.num_rows, ternary_weight.num_cols
-        start = torch.randn(rows, cols, generator=generator) * ternary_weight.gain / cols**0.5
+        start = torch.randn(rows, cols, generator=generator, device=generator.device)
+        start *= ternary_weight.gain / cols**0.5
         self.weight = nn.Parameter(start)
         self.ternary, self.is_table = ternary, ternary_weight.rate == "table"
 
@@ -57,7 +58,7 @@ class FloatEmbedding(FloatWeight):
 def float_model(config: ModelConfig, rule: str, seed: int) -> ARBModel:
     """ARBModel with every ternary weight replaced as `rule`, one of `RULES`, says."""
     model = ARBModel(config, seed)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     for name, weight in model.ternary_weights():
         ternary = rule == "ste" or (rule == "ste-float-tables" and weight.rate != "table")
         kind = FloatEmbedding if isinstance(weight, TernaryEmbedding) else FloatLinear
@@ -66,11 +67,11 @@ def float_model(config: ModelConfig, rule: str, seed: int) -> ARBModel:
     return model
 
 
-def make_adamw(model: ARBModel, lr: float) -> torch.optim.AdamW:
+def make_adamw(model: ARBModel, lr: float, fused: bool = False) -> torch.optim.AdamW:
     """Weight decay 0.1 on matrices, none on tables; betas as language models use them."""
     weights = [module for module in model.modules() if isinstance(module, FloatWeight)]
     groups = [
         {"params": [w.weight for w in weights if w.is_table], "weight_decay": 0.0},
         {"params": [w.weight for w in weights if not w.is_table], "weight_decay": 0.1},
     ]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=fused)

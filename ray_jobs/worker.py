@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import platform
 from collections import defaultdict
 from collections.abc import Iterator
@@ -83,6 +84,8 @@ def set_conditions(config: RunConfig) -> None:
     """What the bits of a slot's gradient depend on is fixed here, never left to the host."""
     torch.set_num_threads(config.scaling.threads_per_worker)
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # every kernel writes all of it
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses the above
     torch.backends.cuda.matmul.allow_tf32 = False
 
 

@@ -14,6 +14,7 @@ from arbitor.kernel.backend import refuse_tilelang_training
 from arbitor.kernel.embedding.op import lookup, lookup_backward
 from arbitor.kernel.latent_update.state import (
     TernaryState,
+    blank_state,
     init_state,
     trits,
 )
@@ -32,7 +33,7 @@ class TernaryWeight(nn.Module):
         super().__init__()
         self.num_rows, self.num_cols, self.gain, self.rate = num_rows, num_cols, gain, rate
         self.slot_gradient: Tensor | None = None  # [N, K], between backward and optimizer
-        self.load(init_state(num_rows, num_cols, gain, seed=0, name=""))
+        self.load(blank_state(num_rows, num_cols))
 
     def initialize(self, seed: int, name: str) -> None:
         """Fresh state keyed by the seed and the tensor's qualified name."""

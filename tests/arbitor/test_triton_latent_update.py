@@ -110,6 +110,7 @@ def test_small_blocks_are_the_reference(monkeypatch):
     monkeypatch.setattr(triton_update, "BLOCK_PREPARE", 16)
     monkeypatch.setattr(triton_update, "BLOCK_FINISH", 16)
     run_steps((35, 65), 4, [1.0, 50.0])
+    run_steps((16, 64), 4, [1.0])  # the last sum lies beyond the last full block
 
 
 @pytest.mark.gpu

@@ -52,29 +52,34 @@ class TernaryState:
 
 
 def init_state(num_rows: int, num_cols: int, gain: float, seed: int, name: str) -> TernaryState:
-    """A fresh state on the CPU: latents round(52.5 z), z normal, so that 32 % of trits are 0.
+    """A fresh state: latents round(52.5 z), z normal, so that 32 % of trits are 0.
 
     Latents are the inverse normal distribution function (an integer table, 2^-32) of the hash of
     (seed, `name` = qualified name of the tensor, element). The row scale gives outputs of rms
     `gain` for inputs of rms 1: log2(gain / sqrt(K * 0.69)), 0.69 being the share of nonzero trits.
     """
+    state = blank_state(num_rows, num_cols)
     key = stream_key(seed, 0, tensor_id(name), STREAM_INIT)
-    latent = torch.empty(num_rows, num_cols, dtype=torch.int8)
-    thresholds = _normal_thresholds()
+    thresholds = _normal_thresholds().to(state.latent.device)
     for rows in row_blocks(num_rows, num_cols):
-        index = element_index(rows, num_cols, num_cols, latent.device)
+        index = element_index(rows, num_cols, num_cols, state.latent.device)
         uniform = counter_hash(index, key).long() & 0xFFFFFFFF
         rank = torch.bucketize(uniform, thresholds, right=True)
-        latent[rows.start : rows.stop] = rank - LATENT_MAX
+        state.latent[rows.start : rows.stop] = rank - LATENT_MAX
     variance = Fraction(gain) ** 2 / (num_cols * Fraction(69, 100))
-    log2_scale = (log2_fraction(variance) + 256) >> 9
+    state.log2_scale.fill_((log2_fraction(variance) + 256) >> 9)
+    return state
+
+
+def blank_state(num_rows: int, num_cols: int) -> TernaryState:
+    """The tensors of a state before its start, on torch's default device: all weights 0."""
     return TernaryState(
-        latent=latent,
+        latent=torch.zeros(num_rows, num_cols, dtype=torch.int8),
         momentum=torch.zeros(num_rows, num_cols, dtype=torch.int8),
         momentum_exponent=torch.full(
             (num_rows, -(-num_cols // GROUP)), EMPTY_GROUP, dtype=torch.int8
         ),
-        log2_scale=torch.full((num_rows,), log2_scale, dtype=torch.int16),
+        log2_scale=torch.zeros(num_rows, dtype=torch.int16),
         scale_moment=torch.zeros(num_rows, dtype=torch.int16),
         row_moment=torch.zeros(num_rows, dtype=torch.int16),
         col_moment=torch.zeros(num_cols, dtype=torch.int16),

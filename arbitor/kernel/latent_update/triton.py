@@ -63,7 +63,7 @@ def update_(
     assert state.momentum.is_contiguous() and num_rows * num_cols <= 1 << 32 and updates >= 1
     device = state.latent.device
     pow2_q11, pow2_q16, log2_q16 = device_tables(device)
-    num_blocks = triton.cdiv(max(num_rows, num_cols), BLOCK_PREPARE)
+    num_blocks = triton.cdiv(max(num_rows, num_cols + 1), BLOCK_PREPARE)  # col_sums has K + 1
     rows = torch.empty(3, num_rows, dtype=torch.int32, device=device)
     cols = torch.empty(num_cols, dtype=torch.float32, device=device)
     lowest = torch.empty(num_blocks, dtype=torch.int32, device=device)

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from arbitor.kernel.matmul.quantize import Quantized
-from arbitor.kernel.triton_numeric import e4m3, power_of_two, scale_exponent
+from arbitor.kernel.triton_numeric import e4m3_bits, power_of_two, scale_exponent
 
 _BLOCK_M, _BLOCK_N, _WARPS = 128, 128, 8
 
@@ -35,9 +35,8 @@ def quantize_gradient(
     blocks = {"BLOCK_M": _BLOCK_M, "BLOCK_N": _BLOCK_N, "num_warps": _WARPS}
     inputs = (grad_MN, row_scale_N, position_scale_M1, maxima)
     gradient_maxima_kernel[grid](*inputs, M, N, grad_MN.stride(0), **blocks)
-    gradient_quantize_kernel[grid](
-        *inputs, codes_MN, codes_NM, scales, M, N, grad_MN.stride(0), **blocks
-    )
+    codes = (codes_MN.view(torch.int8), codes_NM.view(torch.int8))
+    gradient_quantize_kernel[grid](*inputs, *codes, scales, M, N, grad_MN.stride(0), **blocks)
     per_position = Quantized(codes_MN, scales[:M].unsqueeze(1))
     per_output = Quantized(codes_NM.T, scales[M:].unsqueeze(0))
     return per_position, per_output
@@ -96,9 +95,9 @@ def gradient_quantize_kernel(
     tl.store(scales_ptr + M + n, power_of_two(col_exponent), mask=in_n & (tl.program_id(0) == 0))
 
     mask = in_m[:, None] & in_n[None, :]
-    codes = e4m3(grad * row_scale[None, :] * power_of_two(-row_exponent)[:, None])
+    codes = e4m3_bits(grad * row_scale[None, :] * power_of_two(-row_exponent)[:, None])
     tl.store(codes_ptr + m.to(tl.int64)[:, None] * N + n[None, :], codes, mask=mask)
-    codes = e4m3(grad * position_scale[:, None] * power_of_two(-col_exponent)[None, :])
+    codes = e4m3_bits(grad * position_scale[:, None] * power_of_two(-col_exponent)[None, :])
     t_offsets = n.to(tl.int64)[:, None] * M + m[None, :]
     tl.store(codes_t_ptr + t_offsets, tl.trans(codes), mask=tl.trans(mask))
 

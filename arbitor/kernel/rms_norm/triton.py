@@ -13,7 +13,7 @@ from torch import Tensor
 from arbitor.kernel.matmul.quantize import Quantized
 from arbitor.kernel.rms_norm.reference import EPSILON
 from arbitor.kernel.triton_numeric import (
-    e4m3,
+    e4m3_bits,
     nearest,
     power_of_two,
     round_half_even,
@@ -45,8 +45,8 @@ def rms_norm_quantize(
     block_m, block_k, num_warps = _FORWARD_BLOCKS
     rms_norm_forward_kernel[(triton.cdiv(M, block_m),)](
         x_MK,
-        codes_MK,
-        codes_KM,
+        codes_MK.view(torch.int8),
+        codes_KM.view(torch.int8),
         scale_M,
         inverse_rms_M,
         M,
@@ -132,7 +132,7 @@ def rms_norm_forward_kernel(
         x = tl.load(x_ptr + row * stride_xm + k[None, :], mask=mask, other=0.0).to(tl.float32)
         normalized = x * inverse_rms[:, None]
         if FP8:
-            codes = e4m3(normalized * inverse_scale[:, None])
+            codes = e4m3_bits(normalized * inverse_scale[:, None])
         else:
             codes = round_half_even(tl.div_rn(normalized, scale[:, None])).to(tl.int8)
         tl.store(codes_ptr + row * K + k[None, :], codes, mask=mask)
