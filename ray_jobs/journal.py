@@ -48,6 +48,9 @@ class JournalReader:
         self._path = folder / NAME
         self._offset = 0
 
+    def is_empty(self) -> bool:
+        return not self._path.exists() or self._path.stat().st_size == 0
+
     def read(self) -> Iterator[Record]:
         """The records added since the last call; a line still being written waits."""
         if not self._path.exists():

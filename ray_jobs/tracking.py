@@ -40,6 +40,9 @@ class Tracker:
 
     def _work(self) -> None:
         try:
+            # MLflow takes seconds of a core to start: those belong to the workers until they train.
+            while self._reader.is_empty() and not self._stop.wait(_POLL_SECONDS):
+                pass
             self._open()
             while not self._stop.wait(_POLL_SECONDS):
                 self._send()
@@ -48,7 +51,7 @@ class Tracker:
             self._failure = error
 
     def _open(self) -> None:
-        # Imported on this thread: training need not wait the two seconds that it takes.
+        # Imported here for the reason that `_work` gives.
         from mlflow.entities import Param
         from mlflow.tracking import MlflowClient
 
