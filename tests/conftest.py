@@ -18,11 +18,13 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def ray_head():
-    """A Ray of two CPUs on this machine, for the whole test run."""
+    """A Ray of two CPUs on this machine, for the whole test run; its workers run as users' do."""
     import ray  # here, because the model's tests do without
 
-    ray.init(
-        num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=512 << 20
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        ray.init(
+            num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=512 << 20
+        )
     yield
     ray.shutdown()

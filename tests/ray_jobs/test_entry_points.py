@@ -1,5 +1,6 @@
 """The commands as a user types them: the classic ones, the mistakes, the README's."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -29,21 +30,20 @@ def losses(output):
     return [float(loss) for loss in re.findall(r"^step +\d+/\d+  loss (\d+\.\d+)", output, re.M)]
 
 
-@pytest.fixture
-def corpus(tmp_path, monkeypatch):
-    """A working directory with training/data/tinyshakespeare.txt, made of the sample's prose."""
-    monkeypatch.chdir(tmp_path)
-    shard = sorted(ensure_sample("text", tmp_path / "runs" / "samples").glob("*.parquet"))[0]
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder to work in, with training/data/tinyshakespeare.txt made of the sample's prose."""
+    folder = tmp_path_factory.mktemp("workplace")
+    shard = sorted(ensure_sample("text", folder / "runs" / "samples").glob("*.parquet"))[0]
     rows = pq.read_table(shard).column("text").to_pylist()
-    path = tmp_path / "training" / "data" / "tinyshakespeare.txt"
+    path = folder / "training" / "data" / "tinyshakespeare.txt"
     path.parent.mkdir(parents=True)
     path.write_text("\n".join(rows[:200]))
-    return path
+    return folder
 
 
-@pytest.mark.filterwarnings("ignore:backend triton needs a CUDA device")
-def test_classic_text_command(ray_head, monkeypatch, tmp_path, capfd):
-    monkeypatch.chdir(tmp_path)
+def test_classic_text_command(ray_head, monkeypatch, workplace, capfd):
+    monkeypatch.chdir(workplace)
     call(
         monkeypatch,
         "text --steps 3 --batch 1 --ctx 8 --eval-interval 0 --log-interval 1 --backend triton"
@@ -52,11 +52,11 @@ def test_classic_text_command(ray_head, monkeypatch, tmp_path, capfd):
     output = capfd.readouterr().out
     assert len(losses(output)) == 3
     assert "validation" not in output
-    assert (tmp_path / "runs/text-smoke/checkpoints/step-00000003/manifest.json").exists()
+    assert (workplace / "runs/text-smoke/checkpoints/step-00000003/manifest.json").exists()
 
 
-@pytest.mark.filterwarnings("ignore:backend triton needs a CUDA device")
-def test_classic_pretrain_command(ray_head, monkeypatch, corpus, tmp_path, capfd):
+def test_classic_pretrain_command(ray_head, monkeypatch, workplace, capfd):
+    monkeypatch.chdir(workplace)
     call(
         monkeypatch,
         "pretrain --steps 2 --batch 1 --ctx 8 --text-data training/data/tinyshakespeare.txt"
@@ -65,7 +65,7 @@ def test_classic_pretrain_command(ray_head, monkeypatch, corpus, tmp_path, capfd
         " --no-vq --no-graph --no-moe --no-attention --run pretrain-smoke-lite",
     )
     assert len(losses(capfd.readouterr().out)) == 2
-    assert not (tmp_path / "runs/pretrain-smoke-lite/checkpoints").exists()
+    assert not (workplace / "runs/pretrain-smoke-lite/checkpoints").exists()
 
 
 def broken_parquet(folder):
@@ -123,15 +123,16 @@ def readme_commands():
 
 
 @pytest.mark.parametrize("command", readme_commands())
-def test_the_readmes_commands_run(command, tmp_path):
+def test_the_readmes_commands_run(command, workplace):
     """As typed, but for the interpreter of this test run and a storage of its own."""
-    storage = f"storage={tmp_path}"
+    storage = f"storage={workplace / 'runs'}"
     command = command.replace(".venv/bin/python", sys.executable)
     if command == "make smoke":
         command = f"{sys.executable} -m ray_jobs.smoke"
     if "ray_jobs" in command:
         command = f"{command} {storage}"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=180, check=False
+        command, shell=True, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180
     )
     assert done.returncode == 0, done.stdout + done.stderr
