@@ -73,7 +73,7 @@ def test_one_step_is_the_float_rule_up_to_rounding(shape, slots):
 
 
 def compare_with_float_rule(before, after, total, fmt):
-    """lab/results.md section 2 in float64, from the integer state before."""
+    """The rule of `reference.py` in float64, from the integer state before."""
     t = int(after.num_updates)
     exponent = slots.row_exponents(before.row_moment, fmt).double().unsqueeze(1)
     grad = total.double() * torch.exp2(-exponent)

@@ -6,7 +6,7 @@ slots is exact in any order, and everything after it is integer. So the state af
 function of (state before, sum, key) alone: not of devices, threads, ranks or the order of slots.
 Float64 appears for sums of integers below 2^53, which are exact in any order, and nowhere else.
 
-The rule is lab/results.md section 2: momentum 0.9, normalized by row and column second moments
+The rule: momentum 0.9, normalized by row and column second moments
 (0.95) of the gradient, clipped at 3, stochastically rounded onto the latents; row scales move in
 log2. The moments before the step normalize it, so one pass over a matrix is enough.
 
