@@ -20,8 +20,9 @@ from data_pipeline.index import index_sources
 from data_pipeline.manifest import manifests_to_json
 from ray_jobs.config import RunConfig, load_run_config
 from ray_jobs.console import Console
+from ray_jobs.journal import NAME as JOURNAL
 from ray_jobs.journal import JournalReader
-from ray_jobs.tracking import Tracker, flatten
+from ray_jobs.tracking import NOTE, Tracker, flatten
 from ray_jobs.worker import CHECKPOINTS, DATA_MANIFEST, run_worker
 
 CONFIG = "config.yaml"
@@ -58,6 +59,7 @@ def run(config: RunConfig) -> None:
         return
     manifests = index_sources(config.data, sample_folder=config.folder.parent / "samples")
     config.folder.mkdir(parents=True, exist_ok=True)
+    announce(config, done)
     (config.folder / CONFIG).write_text(write_yaml(config.values()))
     (config.folder / DATA_MANIFEST).write_text(manifests_to_json(manifests))
     console, tracker = Console(config), Tracker(config)
@@ -73,6 +75,18 @@ def run(config: RunConfig) -> None:
         console.finish()
         tracker.finish(status)
     print(closing_lines(config, tracker.uri))
+
+
+def announce(config: RunConfig, done: int) -> None:
+    """Says what a folder that was used before means; a run that saves nothing starts over in it."""
+    if not config.save:
+        for name in (JOURNAL, NOTE):
+            (config.folder / name).unlink(missing_ok=True)
+    last = max((record.step for record in JournalReader(config.folder).read()), default=0)
+    if last > done:
+        print(f"resuming after step {done}; steps {done + 1} to {last} are in the journal already")
+    elif done:
+        print(f"resuming after step {done}")
 
 
 def steps_done(config: RunConfig) -> int:

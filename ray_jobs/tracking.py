@@ -9,6 +9,8 @@ from typing import Any
 from ray_jobs.config import RunConfig
 from ray_jobs.journal import JournalReader
 
+NOTE = "mlflow.json"  # in the run folder: which MLflow run is this one's
+
 _BATCH = 1000  # MLflow takes at most this many metrics in a call
 _PARAMS = 100  # and this many parameters
 _POLL_SECONDS = 1.0
@@ -57,7 +59,7 @@ class Tracker:
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         self._client = MlflowClient(tracking_uri=self.uri)
-        note = self._config.folder / "mlflow.json"
+        note = self._config.folder / NOTE
         if note.exists():
             self._run_id = json.loads(note.read_text())["run_id"]
             self._client.update_run(self._run_id, status="RUNNING")

@@ -156,12 +156,13 @@ def test_another_configuration_under_the_same_name_is_refused(one_worker):
         run(replace(one_worker, seed=1))
 
 
-def test_an_unfinished_run_resumes_to_the_same_bits(two_workers, one_worker):
+def test_an_unfinished_run_resumes_to_the_same_bits(two_workers, one_worker, capsys):
     """Takes the last checkpoint away: the run goes on from step 10, now on one worker."""
     newest = newest_checkpoint(two_workers.folder / CHECKPOINTS)
     expected = hashes(final_tensors(one_worker))
     (newest / MANIFEST).unlink()
     run(replace(two_workers, scaling=one_worker.scaling))
+    assert "resuming after step 10; steps 11 to 20 are in the journal" in capsys.readouterr().out
     assert hashes(final_tensors(two_workers)) == expected
     steps = [record.step for record in JournalReader(two_workers.folder).read()]
     assert steps == list(range(1, STEPS + 1))
