@@ -107,11 +107,18 @@ def _module_sources() -> Iterator[str]:
 def _docstrings(source: str) -> Iterator[str]:
     with warnings.catch_warnings(action="ignore"):  # the library's own odd escapes
         tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            docstring = ast.get_docstring(node)
-            if docstring:
-                yield docstring
+    for definition in _definitions(tree):
+        docstring = ast.get_docstring(definition)
+        if docstring:
+            yield docstring
+
+
+def _definitions(node: ast.AST) -> Iterator[ast.AST]:
+    """The module, its classes and functions, and theirs; `ast.walk` would see every expression."""
+    yield node
+    for child in node.body:
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _definitions(child)
 
 
 if __name__ == "__main__":

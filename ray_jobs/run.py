@@ -1,6 +1,5 @@
 """The life of a run: folder, data, Ray, workers, the end. One path for laptops and clusters."""
 
-import importlib
 import logging
 import os
 import sys
@@ -26,7 +25,6 @@ from ray_jobs.tracking import NOTE, Tracker, flatten
 from ray_jobs.worker import CHECKPOINTS, DATA_MANIFEST, run_worker
 
 CONFIG = "config.yaml"
-WARM_PROCESSES = 3  # Ray Data's own task and the decoders of a worker
 
 # A run that goes on may change these keys and sections; everything else decides its bits.
 _MAY_CHANGE = ("steps", "log_interval", "eval_interval", "save_interval", "save", "log_slots")
@@ -130,8 +128,6 @@ def ray_cluster(config: RunConfig) -> Iterator[None]:
 
 
 def train_on_ray(config: RunConfig) -> None:
-    for _ in range(WARM_PROCESSES):
-        import_pipeline.remote()
     trainer = TorchTrainer(
         run_worker,
         train_loop_config=config.values(),
@@ -143,12 +139,6 @@ def train_on_ray(config: RunConfig) -> None:
         ),
     )
     trainer.fit()
-
-
-@ray.remote(num_cpus=0)
-def import_pipeline() -> None:
-    """Readies a process for data tasks while the worker is still starting: saves seconds."""
-    importlib.import_module("data_pipeline.stream")
 
 
 def closing_lines(config: RunConfig, tracking_uri: str) -> str:
