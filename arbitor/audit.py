@@ -1,7 +1,7 @@
-"""Proves that nothing persistent is float: `python -m arbitor.audit CONFIG [key.path=value ...]`.
+"""Proves that nothing persistent is float: `python -m arbitor.audit CONFIG`.
 
 Trains one step on made-up symbols, then lists every tensor that is still alive in the process. Bits
-per weight follow design figure 16.125 + 48/K + 16/N and 48 bits a matrix (tensor moment and count).
+per weight are 16.125 + 48/K + 16/N, and 48 bits a matrix for tensor moment and update count.
 """
 
 import gc

@@ -91,6 +91,12 @@ def test_one_and_two_workers_end_with_the_same_bits(one_worker, two_workers):
     assert all(one[name] != start[name] for name in one if name.endswith(".latent"))
 
 
+def test_the_same_run_again_ends_with_the_same_bits(one_worker, storage):
+    again = make_config(storage, "again")
+    run(again)
+    assert hashes(final_tensors(again)) == hashes(final_tensors(one_worker))
+
+
 def test_losses_do_not_depend_on_the_number_of_workers(one_worker, two_workers):
     def metrics(config):
         return [
