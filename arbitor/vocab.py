@@ -6,3 +6,8 @@ VOCAB_SIZE = NUM_BYTES + NUM_SPECIALS
 
 END_OF_DOCUMENT = 256
 PADDING = 257  # fills the last sequences of a window; never a target
+BEGIN_IMAGE, END_IMAGE = 258, 259
+BEGIN_VIDEO, END_VIDEO = 260, 261
+BEGIN_AUDIO, END_AUDIO = 262, 263
+PATCH = 264  # the place of one patch of an image or a video frame
+AUDIO_FRAME = 265  # the place of one frame of audio codes
