@@ -21,7 +21,7 @@ from arbitor.kernel.latent_update.state import (
 from arbitor.main import ARBModel, ModelConfig
 from arbitor.optimizer import TernaryOptimizer, UpdateConfig
 from arbitor.settings import build, read_yaml, section
-from arbitor.trainer import train_step
+from arbitor.trainer import SlotRunner, train_step
 from arbitor.vocab import NUM_BYTES
 
 
@@ -68,7 +68,7 @@ def one_step(model: ARBModel, config: UpdateConfig) -> TernaryOptimizer:
     optimizer = TernaryOptimizer(model, config, total_steps=1, slots_per_step=1, seed=0)
     symbols = np.random.default_rng(0).integers(0, NUM_BYTES, (2, 17), dtype=np.uint16)
     batch = SlotBatch.from_symbols(symbols, step=0, slot=0, source="audit", modality="text")
-    train_step(model, optimizer, 0, [batch])
+    train_step(SlotRunner(model, optimizer), 0, [batch])
     return optimizer
 
 

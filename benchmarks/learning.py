@@ -20,7 +20,7 @@ import torch
 from arbitor.batch import SlotBatch
 from arbitor.main import ARBModel, ModelConfig
 from arbitor.optimizer import TernaryOptimizer, UpdateConfig
-from arbitor.trainer import evaluate, train_step
+from arbitor.trainer import SlotRunner, evaluate, train_step
 from benchmarks.float_baseline import RULES, float_model, make_adamw
 
 
@@ -132,8 +132,9 @@ def train_latent(config, seed, options, train_bytes) -> ARBModel:
         slots_per_step=options.slots,
         seed=seed,
     )
+    run_slot = SlotRunner(model, optimizer)
     for step in range(options.steps):
-        train_step(model, optimizer, step, training_slots(train_bytes, seed, step, options))
+        train_step(run_slot, step, training_slots(train_bytes, seed, step, options))
     return model
 
 

@@ -26,7 +26,7 @@ from arbitor.kernel.backend import path_counts, set_backend
 from arbitor.kernel.ternary_scale import TernaryEmbedding
 from arbitor.main import ARBModel, ModelConfig
 from arbitor.optimizer import TernaryOptimizer, UpdateConfig
-from arbitor.trainer import train_step
+from arbitor.trainer import SlotRunner, train_step
 from benchmarks.float_baseline import float_model, make_adamw
 from benchmarks.timing import environment, measure_ceilings
 
@@ -112,9 +112,10 @@ def prepare(rule: str, config: ModelConfig) -> tuple[Callable[[int, SlotBatch], 
         optimizer = TernaryOptimizer(
             model, UpdateConfig(), total_steps=1000, slots_per_step=1, seed=0
         )
+        run_slot = SlotRunner(model, optimizer)
         weights = [w for _, w in model.ternary_weights() if not isinstance(w, TernaryEmbedding)]
         return (
-            lambda i, batch: train_step(model, optimizer, i, [batch]),
+            lambda i, batch: train_step(run_slot, i, [batch]),
             sum(weight.latent.numel() for weight in weights),
         )
     with torch.device("cuda"):

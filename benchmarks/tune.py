@@ -60,7 +60,6 @@ def tune_matmul(shape: str, problem: BackwardProblem) -> None:
         ),
         "backward_x": lambda: triton_matmul.matmul_backward_x(problem.for_x, problem.latent_NK),
         "backward_weight": problem.grad_w,
-        "backward_weight_to_sum": problem.grad_w_to_sum,
     }
     for op, call in calls.items():
         results = []
@@ -71,9 +70,8 @@ def tune_matmul(shape: str, problem: BackwardProblem) -> None:
 
 
 def choices(op: str) -> Iterator[Choice]:
-    exact = op.startswith("backward_weight")
-    if op != "backward_weight_to_sum":
-        yield LIBRARY
+    exact = op == "backward_weight"
+    yield LIBRARY
     for tile in TILES:
         for tma in (False, True):
             yield replace(tile, tma=tma, exact=exact)

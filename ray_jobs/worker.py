@@ -202,6 +202,7 @@ class Recorder:
             "throughput/data_wait_pct": 100 * report.data_wait_seconds / report.seconds,
             "ternary/flip_rate": report.update.flip_rate,
             "ternary/zero_fraction": report.update.zero_fraction,
+            "ternary/saturated_fraction": report.update.saturated_fraction,
             "ternary/clipped_fraction": report.update.clipped_fraction,
         }
 

@@ -7,7 +7,7 @@ import torch
 from arbitor.batch import SlotBatch
 from arbitor.main import ARBModel, ModelConfig
 from arbitor.optimizer import NonFiniteError, TernaryOptimizer, UpdateConfig, all_reduce_packed
-from arbitor.trainer import evaluate, train_step
+from arbitor.trainer import SlotRunner, evaluate, train_step
 
 TINY = ModelConfig(width=64, num_layers=1)
 
@@ -64,7 +64,8 @@ def test_packed_sums_equal_plain_sums_at_the_bound(dtype_slots, shape):
     for part in parts:
         all_reduce_packed(part.clone(), lambda lane: lanes.append(lane.clone()))
     total = sum(lanes[1:], start=lanes[0])
-    result = all_reduce_packed(parts[0].clone(), lambda lane: lane.copy_(total))
+    result = parts[0].clone()
+    all_reduce_packed(result, lambda lane: lane.copy_(total))
     assert torch.equal(result.long(), sum(part.long() for part in parts))
 
 
@@ -72,8 +73,9 @@ def test_the_order_of_the_slots_does_not_matter():
     models = [ARBModel(TINY, seed=0) for _ in range(2)]
     for model, order in zip(models, ([0, 1, 2, 3], [2, 0, 3, 1]), strict=True):
         optimizer = make_optimizer(model)
+        run_slot = SlotRunner(model, optimizer)
         for step in range(3):
-            train_step(model, optimizer, step, [make_batch(step, slot) for slot in order])
+            train_step(run_slot, step, [make_batch(step, slot) for slot in order])
     assert states_equal(*models)
 
 
@@ -88,7 +90,7 @@ def test_a_weight_without_gradient_is_left_alone_and_calibrates_later():
     optimizer.add_slot(0, 0, loss)
     optimizer.step(0)
     assert head.num_updates.item() == 0 and torch.equal(head.latent, before)
-    train_step(model, optimizer, 1, [make_batch(1, slot) for slot in range(4)])
+    train_step(SlotRunner(model, optimizer), 1, [make_batch(1, slot) for slot in range(4)])
     assert head.num_updates.item() == 1
     assert model.text_encoder.embedding.num_updates.item() == 2
 
@@ -96,7 +98,7 @@ def test_a_weight_without_gradient_is_left_alone_and_calibrates_later():
 def test_a_gradient_that_is_not_finite_stops_the_step_before_anything_moves():
     model = ARBModel(TINY, seed=0)
     optimizer = make_optimizer(model)
-    train_step(model, optimizer, 0, [make_batch(0, slot) for slot in range(4)])
+    train_step(SlotRunner(model, optimizer), 0, [make_batch(0, slot) for slot in range(4)])
     before = [buffer.clone() for buffer in model.buffers()]
     loss = model(make_batch(1, 0))
     loss.backward()
@@ -126,8 +128,9 @@ def test_schedule_warms_up_and_ends_at_the_floor():
 def learn(steps, **config):
     model = ARBModel(TINY, seed=0)
     optimizer = make_optimizer(model, slots=2, steps=steps, **config)
+    run_slot = SlotRunner(model, optimizer)
     for step in range(steps):
-        train_step(model, optimizer, step, [make_batch(step, slot) for slot in range(2)])
+        train_step(run_slot, step, [make_batch(step, slot) for slot in range(2)])
     return model, evaluate(model, [make_batch(10**6, slot) for slot in range(8)])
 
 

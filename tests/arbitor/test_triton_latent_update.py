@@ -30,6 +30,15 @@ def on_device(state):
     return type(state)(**{f.name: getattr(copied, f.name).to(DEVICE) for f in fields(state)})
 
 
+def words_of(rates, key, updates):
+    words = moments.update_words(rates, key, updates)
+    return torch.tensor(words, dtype=torch.int32, device=DEVICE)
+
+
+def word_of(key):
+    return torch.tensor([fp.signed_word(key)], dtype=torch.int32, device=DEVICE)
+
+
 def assert_equal_states(ours, expected):
     for field in fields(expected):
         left, right = getattr(ours, field.name).cpu(), getattr(expected, field.name)
@@ -77,7 +86,7 @@ def run_steps(shape, num_slots, factors):
             total += integers
             counts = [count + more for count, more in zip(counts, added, strict=True)]
             triton_update.quantize_slot_(
-                grad.to(DEVICE), exponent_N.to(DEVICE), fmt, key, our_total, conversion
+                grad.to(DEVICE), ours.row_moment, fmt, word_of(key), our_total, conversion
             )
         assert torch.equal(our_total.cpu(), total) and conversion.tolist() == counts
         key = fp.stream_key(1, step, 7, fp.STREAM_UPDATE)
@@ -85,7 +94,7 @@ def run_steps(shape, num_slots, factors):
         counters = torch.full((3,), 5, dtype=torch.int64, device=DEVICE)
         with pytest.MonkeyPatch.context() as patch:
             poison(patch)
-            triton_update.update_(ours, our_total, fmt, RATES, key, step + 1, counters)
+            triton_update.update_(ours, our_total, fmt, words_of(RATES, key, step + 1), counters)
         assert_equal_states(ours, expected)
         assert (counters - 5).tolist() == [stats.flips, stats.zeros, stats.saturated]
         assert torch.equal(our_total.cpu(), total)
@@ -131,7 +140,7 @@ def test_largest_sums_are_the_reference(num_slots):
     expected.latent.copy_(127 * signs)
     total = (num_slots * fmt.qmax * signs).to(fmt.sum_dtype)
     ours = on_device(expected)
-    triton_update.update_(ours, total.to(DEVICE), fmt, RATES, 0xFFFFFFFF, 1)
+    triton_update.update_(ours, total.to(DEVICE), fmt, words_of(RATES, 0xFFFFFFFF, 1))
     rule.update(expected, total, fmt, RATES, 0xFFFFFFFF)
     assert_equal_states(ours, expected)
 
@@ -143,7 +152,7 @@ def test_momentum_at_its_rail_is_the_reference():
     total = torch.full((16, 128), 157, dtype=fmt.sum_dtype)
     total[:, ::2] = -157
     ours = on_device(expected)
-    triton_update.update_(ours, total.to(DEVICE), fmt, RATES, 3, 1)
+    triton_update.update_(ours, total.to(DEVICE), fmt, words_of(RATES, 3, 1))
     rule.update(expected, total, fmt, RATES, 3)
     assert expected.momentum.abs().max() == 127 and expected.momentum.min() == -127
     assert_equal_states(ours, expected)
@@ -166,7 +175,7 @@ def test_extreme_moments_and_rates_are_the_reference(num_slots, rates):
     total = torch.zeros(20, 128, dtype=fmt.sum_dtype)
     total[::2].random_(-fmt.qmax, fmt.qmax, generator=generator)
     ours = on_device(expected)
-    triton_update.update_(ours, total.to(DEVICE), fmt, rates, 12345, 71)
+    triton_update.update_(ours, total.to(DEVICE), fmt, words_of(rates, 12345, 71))
     rule.update(expected, total, fmt, rates, 12345)
     assert_equal_states(ours, expected)
 
@@ -179,12 +188,13 @@ def test_slot_integers_are_the_reference(num_slots, dtype, shape):
     grad = random_gradient(*shape).to(dtype)
     grad[0, 0], grad[1 % shape[0], 1], grad[-1, -1] = math.nan, math.inf, -math.inf
     grad[2 % shape[0], 2], grad[0, 3], grad[-1, 4] = 1e9, 1e-40, -3e38
-    exponent_N = torch.arange(shape[0], dtype=torch.int32) % 200 - 100
+    moment_N = (256 * (torch.arange(shape[0]) % 200 - 100)).to(torch.int16)
+    exponent_N = slots.row_exponents(moment_N, fmt)
     total = torch.randint(-99, 99, shape, dtype=fmt.sum_dtype, generator=torch.Generator())
     integers, *counts = slots.quantize_slot(grad.float(), exponent_N, fmt, 0x9E3779B9)
     ours, counters = total.clone().to(DEVICE), torch.full((2,), 3, dtype=torch.int64, device=DEVICE)
     triton_update.quantize_slot_(
-        grad.to(DEVICE), exponent_N.to(DEVICE), fmt, 0x9E3779B9, ours, counters
+        grad.to(DEVICE), moment_N.to(DEVICE), fmt, word_of(0x9E3779B9), ours, counters
     )
     assert torch.equal(ours.cpu(), total + integers)
     assert (counters - 3).tolist() == counts
@@ -198,6 +208,6 @@ def test_repeated_updates_on_a_gpu_are_equal():
     total = torch.randint(-2000, 2000, (3000, 1000), dtype=torch.int16, device=DEVICE)
     for update in range(1, 6):
         for state in (first, second):
-            triton_update.update_(state, total, fmt, RATES, update, update)
+            triton_update.update_(state, total, fmt, words_of(RATES, update, update))
     for field in fields(first):
         assert torch.equal(getattr(first, field.name), getattr(second, field.name))

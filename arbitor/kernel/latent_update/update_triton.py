@@ -6,13 +6,15 @@ Shape letters: N rows (outputs), K columns (inputs), G momentum groups = ceil(K 
 import triton
 import triton.language as tl
 
+from arbitor.kernel.latent_update.moments import WORD_MAX_STEP
 from arbitor.kernel.triton_numeric import INTERPRET, power_of_two
 
 _MAGIC = tl.constexpr(1.5 * 2.0**23)  # float32 counts in ones here
 _MAGIC_BITS = tl.constexpr(0x4B400000)
+MAX_STEP = tl.constexpr(WORD_MAX_STEP)
 
 
-@triton.jit(do_not_specialize=["N", "G", "num_blocks", "key", "column_shift", "max_step"])
+@triton.jit(do_not_specialize=["N", "G", "num_blocks", "column_shift"])
 def update_kernel(
     grad_ptr,
     latent_ptr,
@@ -24,13 +26,12 @@ def update_kernel(
     row_sums_ptr,
     col_sums_ptr,
     counters_ptr,
+    words_ptr,
     N,
     K,
     G,
     num_blocks,
-    key,
     column_shift,
-    max_step,
     SUM_BITS: tl.constexpr,
     ALIGNED: tl.constexpr,
     WIDE: tl.constexpr,
@@ -42,6 +43,7 @@ def update_kernel(
     """One group of 64 columns, STEPS tiles of BLOCK_N rows: steps 1 to 4 for every weight."""
     GROUP: tl.constexpr = 64
     FRACTION: tl.constexpr = 21 - SUM_BITS
+    key, max_step = tl.load(words_ptr), tl.load(words_ptr + MAX_STEP)
     group = tl.program_id(0)
     lane = tl.arange(0, GROUP)
     col = group * GROUP + lane

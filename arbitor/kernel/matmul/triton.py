@@ -9,10 +9,9 @@ Shape letters: M positions, N outputs, K inputs.
 import torch
 from torch import Tensor
 
-from arbitor.kernel.latent_update.slots import SlotFormat
 from arbitor.kernel.matmul.configs import LIBRARY, choose_gemm
 from arbitor.kernel.matmul.decode_triton import decode_weight
-from arbitor.kernel.matmul.gemm_triton import matmul_backward_weight_to_sum_, matmul_scaled
+from arbitor.kernel.matmul.gemm_triton import matmul_scaled
 from arbitor.kernel.matmul.quantize import Quantized
 from arbitor.kernel.matmul.quantize_triton import quantize_gradient
 
@@ -21,7 +20,6 @@ _LIBRARY_GRADIENT = torch.bfloat16
 
 __all__ = [
     "matmul_backward_weight",
-    "matmul_backward_weight_to_sum",
     "matmul_backward_x",
     "matmul_forward",
     "quantize_gradient",
@@ -90,28 +88,6 @@ def matmul_backward_weight(grad: Quantized, x: Quantized) -> tuple[Tensor, str]:
         use_fast_accum=False,
     )
     return grad_NK, "cublas"
-
-
-def matmul_backward_weight_to_sum(
-    sum_NK: Tensor,
-    grad: Quantized,
-    x: Quantized,
-    row_exponent_N: Tensor,
-    fmt: SlotFormat,
-    key: int,
-    counters: Tensor,
-) -> str:
-    """`matmul_backward_weight` as integers of the slot, added to `sum_NK`, in one kernel.
-
-    `counters` int64 [2] gains the numbers of non-finite and clipped entries.
-    """
-    grad_NM, x_KM = grad.codes.T, x.codes.T
-    (N, M), K = grad_NM.shape, x_KM.shape[0]
-    config = choose_gemm("backward_weight_to_sum", grad_NM.device, grad_NM.dtype, N, K, M)
-    matmul_backward_weight_to_sum_(
-        sum_NK, grad_NM, grad.scale, x_KM, row_exponent_N, fmt, key, counters, config
-    )
-    return "triton"
 
 
 def int8_backward(
