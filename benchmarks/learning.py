@@ -30,7 +30,6 @@ CURVE_POINTS = 20
 def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
-    set_backend(options.backend)
     train_bytes, held_out = split(options)
     results = []
     for rule in options.rules:
@@ -123,6 +122,8 @@ def train_and_judge(rule, trainer, lr, seed, options, train_bytes, held_out) -> 
     def slots(step):
         return training_slots(train_bytes, seed, step, options)
 
+    # torch.compile makes its own kernels from the plain operations.
+    set_backend(options.backend if trainer is None else "torch")
     if trainer is None:
         model, curve = train_latent(seed, options, slots)
     else:

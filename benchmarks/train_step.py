@@ -36,7 +36,6 @@ WARMUP_STEPS = 3
 def main() -> None:
     options = parse()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    set_backend("triton")
     config = ModelConfig(width=options.width, num_layers=options.layers, enable_attention=True)
     peak = measure_ceilings().bfloat16
     rows = []
@@ -106,6 +105,8 @@ def make_batch(number: int, positions: int, length: int) -> SlotBatch:
 
 def prepare(rule: str, config: ModelConfig) -> tuple[Callable[[int, SlotBatch], Any], int]:
     """A function that trains one step, and the number of weights in matmuls."""
+    # torch.compile makes its own kernels from the plain operations.
+    set_backend("triton" if rule == "latent" else "torch")
     if rule == "latent":
         with torch.device("cuda"):
             model = ARBModel(config, seed=0)
