@@ -1,7 +1,6 @@
 """Which implementation of the ternary ops runs, and which one really did.
 
-One function per op in `rms_norm/op.py`, `matmul/op.py` and `embedding/op.py` asks here and counts
-the path that it took.
+One function per op in the `op.py` of its folder asks here and counts the path that it took.
 """
 
 import os
@@ -72,7 +71,9 @@ def refuse_tilelang_training() -> None:
 
 
 def count_path(op: str, path: str) -> None:
-    """Notes that `op` ran on `path`: torch, triton, cublas or tilelang."""
+    """Notes that `op` ran on `path`: torch, triton, cublas or tilelang; nothing when compiled."""
+    if torch.compiler.is_compiling():
+        return
     _path_counts[op, path] += 1
 
 
