@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from arbitor.batch import SlotBatch
 from arbitor.cuda_graph import Recording, can_record
 from arbitor.main import ARBModel
 from arbitor.optimizer import TernaryOptimizer, UpdateReport
+from arbitor.profiling import StepProfile
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ def train(
     optimizer: TernaryOptimizer,
     steps: Iterable[tuple[int, list[SlotBatch]]],
     report: Callable[[StepReport], None],
+    profile: StepProfile | None = None,
 ) -> None:
     """Runs the steps in order; `steps` yields each step's number and this worker's slots of it."""
     run_slot = SlotRunner(model, optimizer)
@@ -39,7 +42,8 @@ def train(
             return
         step, slots = item
         data_ready = time.perf_counter()
-        update = train_step(run_slot, step, slots)
+        with profile.around(step) if profile else nullcontext():
+            update = train_step(run_slot, step, slots)
         finished = time.perf_counter()
         report(StepReport(step, update, finished - started, data_ready - started))
 

@@ -26,6 +26,7 @@ from arbitor.kernel.backend import path_counts, set_backend
 from arbitor.kernel.ternary_scale import TernaryEmbedding
 from arbitor.main import ARBModel, ModelConfig
 from arbitor.optimizer import TernaryOptimizer, UpdateConfig
+from arbitor.profiling import profiler, table
 from arbitor.trainer import SlotRunner, train_step
 from benchmarks.float_baseline import float_model, make_adamw
 from benchmarks.timing import environment, measure_ceilings
@@ -82,7 +83,9 @@ def time_rule(
     torch.cuda.synchronize()
     seconds = (time.perf_counter() - started) / options.steps
     if options.profile:
-        print_profile(lambda: step(WARMUP_STEPS + options.steps, batches[0]))
+        with profiler() as profile:
+            step(WARMUP_STEPS + options.steps, batches[0])
+        print(table(profile), flush=True)
     attention = 6 * config.num_layers * config.num_heads * config.head_width * options.length
     return {
         "rule": rule,
@@ -131,17 +134,6 @@ def prepare(rule: str, config: ModelConfig) -> tuple[Callable[[int, SlotBatch], 
 
     embedding = model.text_encoder.embedding.weight.numel()
     return float_step, sum(p.numel() for p in model.parameters()) - embedding
-
-
-def print_profile(step: Callable[[], Any]) -> None:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        step()
-        torch.cuda.synchronize()
-    table = profile.key_averages().table(
-        sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=60
-    )
-    lines = [line[:62] + line[-60:] for line in table.splitlines()]
-    print("\n".join(lines), flush=True)
 
 
 if __name__ == "__main__":

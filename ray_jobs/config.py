@@ -47,6 +47,7 @@ class RunConfig:
     eval_interval: int = 200  # 0 = never; otherwise also after the last step
     save_interval: int = 200  # 0 = only after the last step
     save: bool = True
+    profile: bool = False  # write down where the time of one step goes
     log_slots: bool = False  # write down the rows and a hash of every slot that a worker computed
     model: ModelConfig = field(default_factory=ModelConfig)
     update: UpdateConfig = field(default_factory=UpdateConfig)
@@ -99,6 +100,7 @@ _FLAGS = {
     "--seed": ("seed", "seed of data order and weights"),
 }
 _SWITCHES = {
+    "--profile": ({"profile": True}, "write where the time of one step goes to profile.txt"),
     "--no-save": ({"save": False}, "write no checkpoint"),
     "--no-vq": ({"model.enable_vq": False}, "without the VQ bridge"),
     "--no-graph": ({"model.enable_graph": False}, "without MoEGraph"),

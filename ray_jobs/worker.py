@@ -28,6 +28,7 @@ from arbitor.kernel.backend import set_backend
 from arbitor.main import ARBModel
 from arbitor.modality import BYTE_MODALITIES
 from arbitor.optimizer import TernaryOptimizer
+from arbitor.profiling import StepProfile
 from arbitor.settings import build
 from arbitor.trainer import StepReport, evaluate, train
 from data_pipeline.manifest import manifests_from_json
@@ -39,6 +40,8 @@ from ray_jobs.journal import Journal
 
 CHECKPOINTS = "checkpoints"
 DATA_MANIFEST = "data.json"
+PROFILE = "profile.txt"
+PROFILED_STEP = 5  # of this start of the run: kernels are compiled and recorded by then
 
 
 def run_worker(values: dict[str, Any]) -> None:
@@ -69,7 +72,10 @@ def run_worker(values: dict[str, Any]) -> None:
         all_reduce=torch.distributed.all_reduce if world > 1 else None,
     )
     recorder = Recorder(config, data, model) if rank == 0 else None
-    train(model, optimizer, by_step(slots, device), recorder or ignore)
+    profile = None
+    if config.profile and rank == 0:
+        profile = StepProfile(min(start + PROFILED_STEP, config.steps - 1), config.folder / PROFILE)
+    train(model, optimizer, by_step(slots, device), recorder or ignore, profile)
     if recorder:
         recorder.close()
 
