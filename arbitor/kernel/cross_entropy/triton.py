@@ -104,5 +104,6 @@ def cross_entropy_backward_kernel(
     target = tl.load(targets_ptr + m, mask=in_m, other=-1)
     probability = tl.exp(logits - log_sum[:, None])
     grad = tl.where(v[None, :] == target[:, None], probability - 1.0, probability)
-    grad = tl.where((target >= 0)[:, None], grad * tl.load(scale_ptr), 0.0)
+    scale = tl.where(target >= 0, tl.load(scale_ptr), 0.0)
+    grad *= scale[:, None]
     tl.store(grad_ptr + offsets, nearest(grad, grad_ptr.dtype.element_ty), mask=mask)
