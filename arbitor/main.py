@@ -5,7 +5,6 @@ Shape letters: B sequences, T positions, D width, F feed-forward width, V symbol
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arbitor.attention.mla import MultiHeadLatentAttention
@@ -134,8 +133,7 @@ class FeedForward(nn.Module):
         super().__init__()
         width, inner = config.width, config.feed_forward_width
         self.gate_and_up = TernaryLinear(width, 2 * inner, config.activation)
-        self.down = TernaryLinear(inner, width, config.activation, gain=output_gain)
+        self.down = TernaryLinear(inner, width, config.activation, gain=output_gain, gated=True)
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
-        gate_BTF, up_BTF = self.gate_and_up(hidden_BTD).chunk(2, dim=-1)
-        return self.down(F.silu(gate_BTF) * up_BTF)
+        return self.down(self.gate_and_up(hidden_BTD))

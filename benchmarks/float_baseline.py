@@ -44,9 +44,12 @@ class FloatLinear(FloatWeight):
 
     def __init__(self, linear, ternary, generator):
         super().__init__(linear, ternary, generator)
-        self.activation = linear.activation
+        self.activation, self.gated = linear.activation, linear.gated
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.gated:
+            gate, up = x.chunk(2, dim=-1)
+            x = F.silu(gate) * up
         x = F.rms_norm(x.float(), (x.shape[-1],), eps=1e-6)
         if self.ternary:
             with torch.no_grad():

@@ -55,8 +55,11 @@ def active_backend() -> str:
 
 
 def runs_triton(tensor: Tensor) -> bool:
-    """Whether an op on `tensor` takes the Triton path, as what TileLang does not cover does too."""
-    if active_backend() == "torch":
+    """Whether an op on `tensor` takes the Triton path, as what TileLang does not cover does too.
+
+    Where torch.compile traces an op, it gets the plain torch that it can fuse.
+    """
+    if torch.compiler.is_compiling() or active_backend() == "torch":
         return False
     return tensor.is_cuda or (active_backend() == "triton" and _interpreting())
 

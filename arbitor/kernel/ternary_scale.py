@@ -2,7 +2,8 @@
 
 A weight is 2^(log2_scale / 256) * trit. Nothing here is an `nn.Parameter`: the backward pass leaves
 a float gradient of the effective weight for one slot, which the optimizer turns into integers.
-Shape letters: N outputs (rows), K inputs (columns), M positions, D width, V symbols.
+Shape letters: N outputs (rows), K inputs (columns), M positions, X columns that a linear is given,
+D width, V symbols.
 """
 
 from dataclasses import fields
@@ -68,7 +69,10 @@ class TernaryWeight(nn.Module):
 
 
 class TernaryLinear(TernaryWeight):
-    """Gain-free RMSNorm, quantized activations, ternary matmul; no bias. [..., K] -> [..., N]."""
+    """Gain-free RMSNorm, quantized activations, ternary matmul; no bias. [..., K] -> [..., N].
+
+    A gated one takes [..., 2 K], gates and then what they let through: it starts with their SwiGLU.
+    """
 
     def __init__(
         self,
@@ -77,14 +81,15 @@ class TernaryLinear(TernaryWeight):
         activation: str,
         gain: float = 1.0,
         rate: str = "matrix",
+        gated: bool = False,
     ):
         super().__init__(num_outputs, num_inputs, gain, rate)
-        self.activation = activation
+        self.activation, self.gated = activation, gated
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             refuse_tilelang_training()
-        y_MN = _LinearFunction.apply(x.reshape(-1, self.num_cols), self)
+        y_MN = _LinearFunction.apply(x.reshape(-1, x.shape[-1]), self)
         return y_MN.view(*x.shape[:-1], self.num_rows)
 
 
@@ -104,27 +109,30 @@ class TernaryEmbedding(TernaryWeight):
 class _LinearFunction(torch.autograd.Function):
     """Saves one byte an element: the codes, from which backward takes the normalized input too.
 
-    The gradient passes the quantizer unchanged (straight-through).
+    Before a gated linear gates and values are kept as well. The gradient passes the quantizer
+    unchanged (straight-through).
     """
 
     @staticmethod
-    def forward(ctx, x_MK: Tensor, linear: TernaryLinear) -> Tensor:
+    def forward(ctx, x_MX: Tensor, linear: TernaryLinear) -> Tensor:
         for_backward = any(ctx.needs_input_grad)
-        x, saved, inverse_rms_M = normalize(x_MK, linear.activation, for_backward)
+        x, saved, inverse_rms_M = normalize(x_MX, linear.activation, for_backward, linear.gated)
         if for_backward:
-            ctx.linear, ctx.input_dtype = linear, x_MK.dtype
-            ctx.save_for_backward(saved.codes, saved.scale, inverse_rms_M)
+            ctx.linear, ctx.input_dtype = linear, x_MX.dtype
+            gate_and_up_MX = x_MX if linear.gated else None
+            ctx.save_for_backward(saved.codes, saved.scale, inverse_rms_M, gate_and_up_MX)
         return matmul.forward(x, linear.latent, linear.row_scale())
 
     @staticmethod
     def backward(ctx, grad_MN: Tensor) -> tuple[Tensor, None]:
-        codes, scale, inverse_rms_M = ctx.saved_tensors
+        codes, scale, inverse_rms_M, gate_and_up_MX = ctx.saved_tensors
         linear, x = ctx.linear, Quantized(codes, scale)
         grad_MK, grad_NK = matmul.backward(
             grad_MN, x, linear.latent, linear.row_scale(), linear.activation
         )
         linear.add_gradient(grad_NK)
-        return normalize_backward(grad_MK, x, inverse_rms_M, ctx.input_dtype), None
+        grad_MX = normalize_backward(grad_MK, x, inverse_rms_M, ctx.input_dtype, gate_and_up_MX)
+        return grad_MX, None
 
 
 class _EmbeddingFunction(torch.autograd.Function):
