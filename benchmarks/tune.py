@@ -115,14 +115,18 @@ def norm_variants(options) -> Iterator[tuple]:
         x_MK = float_problem(M, 16, K)["x"]
         _, saved, inverse_rms_M = triton_norm.rms_norm_quantize(x_MK, "fp8", True)
         backward = (x_MK, saved, inverse_rms_M, torch.bfloat16)
+        gate_and_up_MX = torch.cat([x_MK, x_MK], dim=1)
 
         def timed(blocks, kernel, *arguments):
             triton_norm._FORWARD_BLOCKS = triton_norm._BACKWARD_BLOCKS = blocks
+            triton_norm._GATED_FORWARD_BLOCKS = triton_norm._GATED_BACKWARD_BLOCKS = blocks
             return time_of([lambda: kernel(*arguments)])
 
         for name, kernel, arguments in (
             ("forward", triton_norm.rms_norm_quantize, (x_MK, "fp8", True)),
             ("backward", triton_norm.rms_norm_backward_x, backward),
+            ("gated forward", triton_norm.rms_norm_quantize, (gate_and_up_MX, "fp8", True, True)),
+            ("gated backward", triton_norm.rms_norm_backward_x, (*backward, gate_and_up_MX)),
         ):
             yield (
                 f"norm {name} {tuple(x_MK.shape)}",
