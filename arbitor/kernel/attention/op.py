@@ -46,7 +46,15 @@ class _AttentionFunction(torch.autograd.Function):
         from arbitor.kernel.attention import triton
 
         count_path("attention.backward", "triton")
-        return triton.attention_backward(_last_contiguous(grad_BTNH), *ctx.saved_tensors)
+        grad_BTNH = _last_contiguous(grad_BTNH)
+        query_BTNH, key_BTNH, value_BTNH, out_BTNH, log2_sum_BNT = ctx.saved_tensors
+        inputs = (query_BTNH, key_BTNH, value_BTNH)
+        grad_query, delta_BNT = triton.attention_backward_query(
+            grad_BTNH, *inputs, out_BTNH, log2_sum_BNT
+        )
+        return grad_query, *triton.attention_backward_key(
+            grad_BTNH, *inputs, log2_sum_BNT, delta_BNT
+        )
 
 
 def _last_contiguous(x: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ class Tile(NamedTuple):
 
 
 # By the largest head width that they serve.
-FORWARD = {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3)}
+FORWARD = {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2)}
 BACKWARD_QUERY = {64: Tile(64, 64, 4, 3), 128: Tile(128, 64, 8, 2)}
 BACKWARD_KEY = {64: Tile(64, 64, 4, 3), 128: Tile(64, 128, 8, 2)}
 
@@ -60,21 +60,18 @@ def attention_forward(
     return out_BTNH, log2_sum_BNT
 
 
-def attention_backward(
+def attention_backward_query(
     grad_BTNH: Tensor,
     query_BTNH: Tensor,
     key_BTNH: Tensor,
     value_BTNH: Tensor,
     out_BTNH: Tensor,
     log2_sum_BNT: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, contiguous [B, T, N, H]."""
+) -> tuple[Tensor, Tensor]:
+    """Gradient of the query, contiguous [B, T, N, H], and the product of each query's output and
+    its gradient, float32 [B, N, T], which the other gradients need."""
     B, T, N, H = query_BTNH.shape
-    grad_query, grad_key, grad_value = (
-        torch.empty(B, T, N, H, dtype=x.dtype, device=x.device)
-        for x in (query_BTNH, key_BTNH, value_BTNH)
-    )
-    # Of each query the product of output and gradient: made by the first kernel for the second.
+    grad_query_BTNH = torch.empty(B, T, N, H, dtype=query_BTNH.dtype, device=query_BTNH.device)
     delta_BNT = torch.empty_like(log2_sum_BNT)
     tile = _choose(BACKWARD_QUERY, H)
     attention_backward_query_kernel[(triton.cdiv(T, tile.block_m), B * N)](
@@ -85,11 +82,27 @@ def attention_backward(
         out_BTNH,
         log2_sum_BNT,
         delta_BNT,
-        grad_query,
+        grad_query_BTNH,
         T,
         N,
         *_strides(query_BTNH, key_BTNH, value_BTNH, grad_BTNH),
         **_constants(H, tile),
+    )
+    return grad_query_BTNH, delta_BNT
+
+
+def attention_backward_key(
+    grad_BTNH: Tensor,
+    query_BTNH: Tensor,
+    key_BTNH: Tensor,
+    value_BTNH: Tensor,
+    log2_sum_BNT: Tensor,
+    delta_BNT: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of key and value, contiguous [B, T, N, H]."""
+    B, T, N, H = query_BTNH.shape
+    grad_key_BTNH, grad_value_BTNH = (
+        torch.empty(B, T, N, H, dtype=x.dtype, device=x.device) for x in (key_BTNH, value_BTNH)
     )
     tile = _choose(BACKWARD_KEY, H)
     attention_backward_key_kernel[(triton.cdiv(T, tile.block_n), B * N)](
@@ -99,14 +112,14 @@ def attention_backward(
         grad_BTNH,
         log2_sum_BNT,
         delta_BNT,
-        grad_key,
-        grad_value,
+        grad_key_BTNH,
+        grad_value_BTNH,
         T,
         N,
         *_strides(query_BTNH, key_BTNH, value_BTNH, grad_BTNH),
         **_constants(H, tile),
     )
-    return grad_query, grad_key, grad_value
+    return grad_key_BTNH, grad_value_BTNH
 
 
 def _choose(tiles: dict[int, Tile], H: int) -> Tile:
