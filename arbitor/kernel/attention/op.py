@@ -24,7 +24,7 @@ def attend(query_BTNH: Tensor, key_BTNH: Tensor, value_BTNH: Tensor) -> Tensor:
 
         if triton.supports(query_BTNH):
             count_path("attention.forward", "triton")
-            return _AttentionFunction.apply(*(_last_contiguous(x) for x in inputs))
+            return _AttentionFunction.apply(*(triton.readable(x) for x in inputs))
     count_path("attention.forward", "torch")
     heads_first = (x.transpose(1, 2) for x in inputs)
     return F.scaled_dot_product_attention(*heads_first, is_causal=True).transpose(1, 2).contiguous()
@@ -46,7 +46,7 @@ class _AttentionFunction(torch.autograd.Function):
         from arbitor.kernel.attention import triton
 
         count_path("attention.backward", "triton")
-        grad_BTNH = _last_contiguous(grad_BTNH)
+        grad_BTNH = triton.readable(grad_BTNH)
         query_BTNH, key_BTNH, value_BTNH, out_BTNH, log2_sum_BNT = ctx.saved_tensors
         inputs = (query_BTNH, key_BTNH, value_BTNH)
         grad_query, delta_BNT = triton.attention_backward_query(
@@ -55,7 +55,3 @@ class _AttentionFunction(torch.autograd.Function):
         return grad_query, *triton.attention_backward_key(
             grad_BTNH, *inputs, log2_sum_BNT, delta_BNT
         )
-
-
-def _last_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
