@@ -50,6 +50,16 @@ UPDATE_TILES = [(8, 1, r, s) for r in (128, 168, 255) for s in (4, 8, 16, 32)]
 UPDATE_TILES += [(n, w, r, 8) for n, w in ((4, 1), (16, 2), (16, 4), (32, 4)) for r in (128, 168)]
 ATTENTION_TILES = [
     triton_attention.Tile(m, n, w, s)
+    for m, n, w in ((64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 64, 8), (64, 128, 8))
+    for s in (2, 3, 4)
+]
+ATTENTION_TILES += [triton_attention.Tile(m, n, 8, 2) for m, n in ((128, 128), (256, 64))]
+ATTENTION_SHAPES = [(8, 2048, 32, 64), (8, 2048, 16, 128)]
+# Rows, warps, registers and steps of the update's tiles.
+UPDATE_TILES = [(8, 1, r, s) for r in (128, 168, 255) for s in (4, 8, 16, 32)]
+UPDATE_TILES += [(n, w, r, 8) for n, w in ((4, 1), (16, 2), (16, 4), (32, 4)) for r in (128, 168)]
+ATTENTION_TILES = [
+    triton_attention.Tile(m, n, w, s)
     for m, n, w in (
         (64, 64, 4), (64, 64, 8), (64, 128, 4), (64, 128, 8), (128, 64, 4), (128, 64, 8), (128, 128, 8)
     )
@@ -192,13 +202,18 @@ def attention_variants(options) -> Iterator[tuple]:
     """Tiles of the three kernels of causal attention."""
     for B, T, N, H in ATTENTION_SHAPES:
         problems = [attention.random_problem(B, T, N, H) for _ in range(2)]
-        saved = [triton_attention.attention_forward(*p[:3]) for p in problems]
-        backward = [(p[3], *p[:3], *s) for p, s in zip(problems, saved, strict=True)]
-        delta = [triton_attention.attention_backward_query(*b)[1] for b in backward]
-        for_key = [(*b[:4], b[5], d) for b, d in zip(backward, delta, strict=True)]
+        visible = triton_attention.Visible()
+        forward = [(*p[:3], (), visible) for p in problems]
+        saved = [triton_attention.attention_forward(*f) for f in forward]
+        for_query = [(p[3], *f, *s) for p, f, s in zip(problems, forward, saved, strict=True)]
+        delta = [triton_attention.attention_backward_query(*q)[1] for q in for_query]
+        for_key = [
+            (p[3], *p[:3], False, visible, s[1], d)
+            for p, s, d in zip(problems, saved, delta, strict=True)
+        ]
         for table, kernel, arguments in (
-            ("FORWARD", triton_attention.attention_forward, [p[:3] for p in problems]),
-            ("BACKWARD_QUERY", triton_attention.attention_backward_query, backward),
+            ("FORWARD", triton_attention.attention_forward, forward),
+            ("BACKWARD_QUERY", triton_attention.attention_backward_query, for_query),
             ("BACKWARD_KEY", triton_attention.attention_backward_key, for_key),
         ):
 
