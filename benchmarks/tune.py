@@ -44,38 +44,16 @@ TILES = [
 NORM_BLOCKS = [(m, k, w) for m in (8, 16, 32, 64) for k in (128, 256, 512) for w in (4, 8)]
 PLANE_TILES = [(n, q, w, 5) for n in (16, 32, 64, 128) for q in (128, 256, 512) for w in (2, 4)]
 PLANE_TILES += [(n, q, w, 3) for n in (32, 64) for q in (256, 512, 1024) for w in (2, 4, 8)]
-ATTENTION_SHAPES = [(8, 2048, 32, 64), (8, 2048, 16, 128)]
 # Rows, warps, registers and steps of the update's tiles.
 UPDATE_TILES = [(8, 1, r, s) for r in (128, 168, 255) for s in (4, 8, 16, 32)]
 UPDATE_TILES += [(n, w, r, 8) for n, w in ((4, 1), (16, 2), (16, 4), (32, 4)) for r in (128, 168)]
+ATTENTION_SHAPES = [(8, 2048, 32, 64), (8, 2048, 16, 128)]
 ATTENTION_TILES = [
     triton_attention.Tile(m, n, w, s)
     for m, n, w in ((64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 64, 8), (64, 128, 8))
     for s in (2, 3, 4)
 ]
 ATTENTION_TILES += [triton_attention.Tile(m, n, 8, 2) for m, n in ((128, 128), (256, 64))]
-ATTENTION_SHAPES = [(8, 2048, 32, 64), (8, 2048, 16, 128)]
-# Rows, warps, registers and steps of the update's tiles.
-UPDATE_TILES = [(8, 1, r, s) for r in (128, 168, 255) for s in (4, 8, 16, 32)]
-UPDATE_TILES += [(n, w, r, 8) for n, w in ((4, 1), (16, 2), (16, 4), (32, 4)) for r in (128, 168)]
-ATTENTION_TILES = [
-    triton_attention.Tile(m, n, w, s)
-    for m, n, w in (
-        (64, 64, 4), (64, 64, 8), (64, 128, 4), (64, 128, 8), (128, 64, 4), (128, 64, 8), (128, 128, 8)
-    )
-    for s in (2, 3, 4)
-]  # fmt: skip
-ATTENTION_SHAPES = [(8, 2048, 32, 64), (8, 2048, 16, 128)]
-# Rows, warps, registers and steps of the update's tiles.
-UPDATE_TILES = [(8, 1, r, s) for r in (128, 168, 255) for s in (4, 8, 16, 32)]
-UPDATE_TILES += [(n, w, r, 8) for n, w in ((4, 1), (16, 2), (16, 4), (32, 4)) for r in (128, 168)]
-ATTENTION_TILES = [
-    triton_attention.Tile(m, n, w, s)
-    for m in (64, 128)
-    for n in (64, 128)
-    for w in (4, 8)
-    for s in (2, 3, 4)
-]
 
 
 def main() -> None:
