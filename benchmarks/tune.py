@@ -144,7 +144,7 @@ def plane_variants(options) -> Iterator[tuple]:
             x, _, _ = triton_norm.rms_norm_quantize(x_MK, "fp8", False)
 
             def timed(tile, batch=batch, x=x, planes=planes, scale_N=scale_N):
-                decode_gemv._TILES = ((64, (max(16, batch), *tile)),)
+                decode_gemv._TILES = ((64, 0, tile),)
                 return time_of(
                     [lambda p=p: decode_gemv.plane_matmul(x, p, scale_N) for p in planes]
                 )
@@ -161,7 +161,7 @@ def update_variants(options) -> Iterator[tuple]:
             rows, warps, registers, steps = tile
             triton_update.TILE = {"BLOCK_N": rows, "num_warps": warps}
             triton_update.REGISTERS = dict.fromkeys((True, False), registers)
-            triton_update.STEPS = ((0, steps),)
+            triton_update.STEPS = steps
             return time_of([p.update for p in problems])
 
         yield f"update {N}x{K}", [(t, lambda t=t: timed(t)) for t in UPDATE_TILES]

@@ -115,20 +115,22 @@ class _LinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_MX: Tensor, linear: TernaryLinear) -> Tensor:
-        for_backward = any(ctx.needs_input_grad)
+        for_backward, row_scale_N = any(ctx.needs_input_grad), linear.row_scale()
         x, saved, inverse_rms_M = normalize(x_MX, linear.activation, for_backward, linear.gated)
         if for_backward:
             ctx.linear, ctx.input_dtype = linear, x_MX.dtype
             gate_and_up_MX = x_MX if linear.gated else None
-            ctx.save_for_backward(saved.codes, saved.scale, inverse_rms_M, gate_and_up_MX)
-        return matmul.forward(x, linear.latent, linear.row_scale())
+            ctx.save_for_backward(
+                saved.codes, saved.scale, inverse_rms_M, row_scale_N, gate_and_up_MX
+            )
+        return matmul.forward(x, linear.latent, row_scale_N)
 
     @staticmethod
     def backward(ctx, grad_MN: Tensor) -> tuple[Tensor, None]:
-        codes, scale, inverse_rms_M, gate_and_up_MX = ctx.saved_tensors
+        codes, scale, inverse_rms_M, row_scale_N, gate_and_up_MX = ctx.saved_tensors
         linear, x = ctx.linear, Quantized(codes, scale)
         grad_MK, grad_NK = matmul.backward(
-            grad_MN, x, linear.latent, linear.row_scale(), linear.activation
+            grad_MN, x, linear.latent, row_scale_N, linear.activation
         )
         linear.add_gradient(grad_NK)
         grad_MX = normalize_backward(grad_MK, x, inverse_rms_M, ctx.input_dtype, gate_and_up_MX)

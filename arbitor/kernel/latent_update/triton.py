@@ -26,11 +26,10 @@ from arbitor.kernel.latent_update.update_triton import update_kernel
 __all__ = ["quantize_slot_", "update_"]
 
 # One warp owns 8 rows of one group, 16 weights a thread, and walks down STEPS such tiles: sums
-# over columns and their factors stay in registers. 168 of these let 12 warps share a processor.
+# over columns and their factors stay in registers. 128 of these let 16 warps share a processor.
 TILE = {"BLOCK_N": 8, "num_warps": 1}
-REGISTERS = {True: 168, False: 255}  # where 64 divides K, and elsewhere
-# Tiles a program, from so many weights up: more save starts, fewer fill the processors evenly.
-STEPS = ((1 << 26, 16), (1 << 24, 8), (1 << 22, 4), (0, 2))
+REGISTERS = {True: 128, False: 255}  # where 64 divides K, and elsewhere
+STEPS = 4
 BLOCK_PREPARE = 1024
 BLOCK_FINISH = 128
 
@@ -83,8 +82,7 @@ def update_(
     # Squares of a column are added in units that keep the sum over the tensor below 2^62.
     column_shift = max(0, 62 - 2 * fmt.sum_bits - (num_rows * num_cols - 1).bit_length())
     row_tiles = triton.cdiv(num_rows, TILE["BLOCK_N"])
-    steps = next(steps for size, steps in STEPS if num_rows * num_cols >= size)
-    steps = min(steps, triton.next_power_of_2(row_tiles))
+    steps = min(STEPS, triton.next_power_of_2(row_tiles))
     grid = (num_groups, triton.cdiv(row_tiles, steps))
     update_kernel[grid](
         grad_sum_NK,

@@ -26,9 +26,9 @@ from arbitor.kernel.triton_numeric import (
 # Rows of a program, columns of a step, warps. Transposed stores write BLOCK_M bytes at a stretch:
 # 32 is one sector of memory.
 _FORWARD_BLOCKS = (32, 128, 8)
-_BACKWARD_BLOCKS = (32, 128, 8)
+_BACKWARD_BLOCKS = (32, 128, 4)
 _GATED_FORWARD_BLOCKS = (32, 128, 8)
-_GATED_BACKWARD_BLOCKS = (32, 128, 8)
+_GATED_BACKWARD_BLOCKS = (16, 256, 4)
 _CODES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 
 
