@@ -11,10 +11,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 
 import torch
 from triton.runtime.errors import OutOfResources
 
+from arbitor.attention.mla import rotation_table
+from arbitor.kernel.attention_heads import triton as triton_heads
 from arbitor.kernel.backend import set_backend
 from arbitor.kernel.latent_update import triton as triton_update
 from arbitor.kernel.matmul import decode_gemv
@@ -40,6 +43,7 @@ TILES = [
     GemmConfig(128, 128, 256, num_warps=8, num_stages=3),
 ]
 NORM_BLOCKS = [(m, k, w) for m in (8, 16, 32, 64) for k in (128, 256, 512) for w in (4, 8)]
+HEADS_BLOCKS = [(r, w) for r in (8, 16, 32, 64, 128) for w in (1, 2, 4, 8)]
 PLANE_TILES = [(n, q, w, 5) for n in (16, 32, 64, 128) for q in (128, 256, 512) for w in (2, 4)]
 PLANE_TILES += [(n, q, w, 3) for n in (32, 64) for q in (256, 512, 1024) for w in (2, 4, 8)]
 # Rows, warps, registers and steps of the update's tiles.
@@ -109,24 +113,51 @@ def choices(op: str) -> Iterator[Choice]:
 
 
 def norm_variants(options) -> Iterator[tuple]:
-    """Rows, columns and warps of the norm, forward and backward."""
-    for shape in options.shapes:
+    """Rows, columns and warps of the norm, plain and gated, forward and backward."""
+    for shape, gated in product(options.shapes, (False, True)):
         M, _, K = (int(size) for size in shape.split("x"))
-        x_MK = float_problem(M, 16, K)["x"]
-        _, saved, inverse_rms_M = triton_norm.rms_norm_quantize(x_MK, "fp8", True)
-        backward = (x_MK, saved, inverse_rms_M, torch.bfloat16)
+        x_MX = float_problem(M, 16, 2 * K if gated else K)["x"]
+        grad_MK = float_problem(M, 16, K)["x"]
+        _, saved, inverse_rms_M = triton_norm.rms_norm_quantize(x_MX, "fp8", True, gated)
+        backward = (grad_MK, saved, inverse_rms_M, torch.bfloat16, x_MX if gated else None)
 
         def timed(blocks, kernel, *arguments):
             triton_norm._FORWARD_BLOCKS = triton_norm._BACKWARD_BLOCKS = blocks
+            triton_norm._GATED_FORWARD_BLOCKS = triton_norm._GATED_BACKWARD_BLOCKS = blocks
             return time_of([lambda: kernel(*arguments)])
 
         for name, kernel, arguments in (
-            ("forward", triton_norm.rms_norm_quantize, (x_MK, "fp8", True)),
+            ("forward", triton_norm.rms_norm_quantize, (x_MX, "fp8", True, gated)),
             ("backward", triton_norm.rms_norm_backward_x, backward),
         ):
             yield (
-                f"norm {name} {tuple(x_MK.shape)}",
+                f"{'gated ' if gated else ''}norm {name} {M}x{K}",
                 [(b, lambda b=b, k=kernel, a=arguments: timed(b, k, *a)) for b in NORM_BLOCKS],
+            )
+
+
+def heads_variants(options) -> Iterator[tuple]:
+    """Rows or positions and warps of the heads, as a model of width K has them."""
+    for shape in options.shapes:
+        M, _, K = (int(size) for size in shape.split("x"))
+        T, N = min(M, 2048), K // 64
+        sizes = (K, N * 96, 32)
+        inputs = [torch.randn(M // T, T, x, device="cuda", dtype=torch.bfloat16) for x in sizes]
+        table = rotation_table(T, 16, inputs[0].device)
+        *heads, inverse_rms_4R = triton_heads.heads_forward(*inputs, table, N)
+        backward = (*map(torch.randn_like, heads), *heads[:2], table, inverse_rms_4R)
+
+        def timed(blocks, kernel, *arguments):
+            triton_heads._FORWARD_BLOCKS = triton_heads._BACKWARD_BLOCKS = blocks
+            return time_of([lambda: kernel(*arguments)])
+
+        for name, kernel, arguments in (
+            ("forward", triton_heads.heads_forward, (*inputs, table, N)),
+            ("backward", triton_heads.heads_backward, backward),
+        ):
+            yield (
+                f"heads {name} {M}x{N}x64",
+                [(b, lambda b=b, k=kernel, a=arguments: timed(b, k, *a)) for b in HEADS_BLOCKS],
             )
 
 
@@ -166,6 +197,7 @@ def update_variants(options) -> Iterator[tuple]:
 OPS = {
     "matmul": matmul_variants,
     "norm": norm_variants,
+    "heads": heads_variants,
     "plane": plane_variants,
     "update": update_variants,
 }
