@@ -37,7 +37,12 @@ WARMUP_STEPS = 3
 def main() -> None:
     options = parse()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    config = ModelConfig(width=options.width, num_layers=options.layers, enable_attention=True)
+    config = ModelConfig(
+        width=options.width,
+        num_layers=options.layers,
+        enable_attention=True,
+        head_width=options.head_width,
+    )
     peak = measure_ceilings().bfloat16
     rows = []
     for rule in options.rules:
@@ -57,6 +62,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rules", nargs="+", default=rules, choices=rules)
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--head-width", type=int, default=64)
     parser.add_argument("--length", type=int, default=2048, help="positions of a sequence")
     parser.add_argument("--positions", nargs="+", type=int, default=[16384, 4096], help="a slot's")
     parser.add_argument("--steps", type=int, default=10)
@@ -125,7 +131,8 @@ def prepare(rule: str, config: ModelConfig) -> tuple[Callable[[int, SlotBatch], 
     with torch.device("cuda"):
         model = float_model(config, rule, seed=0)
     adamw = make_adamw(model, lr=1e-3, fused=True)
-    compiled = torch.compile(model)
+    torch.compiler.reset()  # else another size of slot would be compiled for every size
+    compiled = torch.compile(model, dynamic=False)
 
     def float_step(i: int, batch: SlotBatch) -> None:
         compiled(batch).backward()

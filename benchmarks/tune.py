@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import product
 
 import torch
 from triton.runtime.errors import OutOfResources
@@ -113,13 +112,13 @@ def choices(op: str) -> Iterator[Choice]:
 
 
 def norm_variants(options) -> Iterator[tuple]:
-    """Rows, columns and warps of the norm, plain and gated, forward and backward."""
-    for shape, gated in product(options.shapes, (False, True)):
+    """Rows, columns and warps of the norm, forward and backward."""
+    for shape in options.shapes:
         M, _, K = (int(size) for size in shape.split("x"))
-        x_MX = float_problem(M, 16, 2 * K if gated else K)["x"]
-        grad_MK = float_problem(M, 16, K)["x"]
-        _, saved, inverse_rms_M = triton_norm.rms_norm_quantize(x_MX, "fp8", True, gated)
-        backward = (grad_MK, saved, inverse_rms_M, torch.bfloat16, x_MX if gated else None)
+        x_MK = float_problem(M, 16, K)["x"]
+        _, saved, inverse_rms_M = triton_norm.rms_norm_quantize(x_MK, "fp8", True)
+        backward = (x_MK, saved, inverse_rms_M, torch.bfloat16)
+        gate_and_up_MX = torch.cat([x_MK, x_MK], dim=1)
 
         def timed(blocks, kernel, *arguments):
             triton_norm._FORWARD_BLOCKS = triton_norm._BACKWARD_BLOCKS = blocks
@@ -127,11 +126,13 @@ def norm_variants(options) -> Iterator[tuple]:
             return time_of([lambda: kernel(*arguments)])
 
         for name, kernel, arguments in (
-            ("forward", triton_norm.rms_norm_quantize, (x_MX, "fp8", True, gated)),
+            ("forward", triton_norm.rms_norm_quantize, (x_MK, "fp8", True)),
             ("backward", triton_norm.rms_norm_backward_x, backward),
+            ("gated forward", triton_norm.rms_norm_quantize, (gate_and_up_MX, "fp8", True, True)),
+            ("gated backward", triton_norm.rms_norm_backward_x, (*backward, gate_and_up_MX)),
         ):
             yield (
-                f"{'gated ' if gated else ''}norm {name} {M}x{K}",
+                f"norm {name} {tuple(x_MK.shape)}",
                 [(b, lambda b=b, k=kernel, a=arguments: timed(b, k, *a)) for b in NORM_BLOCKS],
             )
 
