@@ -1,6 +1,6 @@
 """ARBModel: encoder of the slot's modality -> trunk -> head; reads like the figure.
 
-Shape letters: B sequences, T positions, D width, F feed-forward width, V symbols.
+Shape letters: B sequences, T positions, D width, F feed-forward width, X = 2F, V symbols.
 """
 
 from dataclasses import dataclass
@@ -122,12 +122,12 @@ class Block(nn.Module):
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
         if self.attention is not None:
-            hidden_BTD = hidden_BTD + self.attention(hidden_BTD)
-        return hidden_BTD + self.feed_forward(hidden_BTD)
+            hidden_BTD = self.attention(hidden_BTD)
+        return self.feed_forward(hidden_BTD)
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (Shazeer 2020): D -> 2F -> F -> D."""
+    """SwiGLU (Shazeer 2020), D -> 2F -> F -> D, added to its input."""
 
     def __init__(self, config: ModelConfig, output_gain: float):
         super().__init__()
@@ -136,4 +136,5 @@ class FeedForward(nn.Module):
         self.down = TernaryLinear(inner, width, config.activation, gain=output_gain, gated=True)
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
-        return self.down(self.gate_and_up(hidden_BTD))
+        gate_and_up_BTX, hidden_BTD = self.gate_and_up.fork(hidden_BTD)
+        return hidden_BTD + self.down(gate_and_up_BTX)

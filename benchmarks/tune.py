@@ -15,6 +15,8 @@ from dataclasses import replace
 import torch
 from triton.runtime.errors import OutOfResources
 
+from arbitor.attention.mla import rotation_table
+from arbitor.kernel.attention_heads import triton as triton_heads
 from arbitor.kernel.backend import set_backend
 from arbitor.kernel.latent_update import triton as triton_update
 from arbitor.kernel.matmul import decode_gemv
@@ -40,6 +42,7 @@ TILES = [
     GemmConfig(128, 128, 256, num_warps=8, num_stages=3),
 ]
 NORM_BLOCKS = [(m, k, w) for m in (8, 16, 32, 64) for k in (128, 256, 512) for w in (4, 8)]
+HEADS_BLOCKS = [(r, w) for r in (8, 16, 32, 64, 128) for w in (1, 2, 4, 8)]
 PLANE_TILES = [(n, q, w, 5) for n in (16, 32, 64, 128) for q in (128, 256, 512) for w in (2, 4)]
 PLANE_TILES += [(n, q, w, 3) for n in (32, 64) for q in (256, 512, 1024) for w in (2, 4, 8)]
 # Rows, warps, registers and steps of the update's tiles.
@@ -134,6 +137,31 @@ def norm_variants(options) -> Iterator[tuple]:
             )
 
 
+def heads_variants(options) -> Iterator[tuple]:
+    """Rows or positions and warps of the heads, as a model of width K has them."""
+    for shape in options.shapes:
+        M, _, K = (int(size) for size in shape.split("x"))
+        T, N = min(M, 2048), K // 64
+        sizes = (K, N * 96, 32)
+        inputs = [torch.randn(M // T, T, x, device="cuda", dtype=torch.bfloat16) for x in sizes]
+        table = rotation_table(T, 16, inputs[0].device)
+        *heads, inverse_rms_4R = triton_heads.heads_forward(*inputs, table, N)
+        backward = (*map(torch.randn_like, heads), *heads[:2], table, inverse_rms_4R)
+
+        def timed(blocks, kernel, *arguments):
+            triton_heads._FORWARD_BLOCKS = triton_heads._BACKWARD_BLOCKS = blocks
+            return time_of([lambda: kernel(*arguments)])
+
+        for name, kernel, arguments in (
+            ("forward", triton_heads.heads_forward, (*inputs, table, N)),
+            ("backward", triton_heads.heads_backward, backward),
+        ):
+            yield (
+                f"heads {name} {M}x{N}x64",
+                [(b, lambda b=b, k=kernel, a=arguments: timed(b, k, *a)) for b in HEADS_BLOCKS],
+            )
+
+
 def plane_variants(options) -> Iterator[tuple]:
     """Tiles of the matmul on the 2-bit plane, by batch."""
     for N, K in DECODE_SHAPES:
@@ -170,6 +198,7 @@ def update_variants(options) -> Iterator[tuple]:
 OPS = {
     "matmul": matmul_variants,
     "norm": norm_variants,
+    "heads": heads_variants,
     "plane": plane_variants,
     "update": update_variants,
 }

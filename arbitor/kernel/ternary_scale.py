@@ -87,10 +87,17 @@ class TernaryLinear(TernaryWeight):
         self.activation, self.gated = activation, gated
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.fork(x)[0]
+
+    def fork(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The output, and x for a residual stream that goes past the linear.
+
+        What comes back along the stream is added inside the norm's gradient: a pass less.
+        """
         if torch.is_grad_enabled():
             refuse_tilelang_training()
-        y_MN = _LinearFunction.apply(x.reshape(-1, x.shape[-1]), self)
-        return y_MN.view(*x.shape[:-1], self.num_rows)
+        y_MN, x_MX = _LinearFunction.apply(x.reshape(-1, x.shape[-1]), self)
+        return y_MN.view(*x.shape[:-1], self.num_rows), x_MX.view(x.shape)
 
 
 class TernaryEmbedding(TernaryWeight):
@@ -114,7 +121,8 @@ class _LinearFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x_MX: Tensor, linear: TernaryLinear) -> Tensor:
+    def forward(ctx, x_MX: Tensor, linear: TernaryLinear) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)  # none made up where x does not go on
         for_backward, row_scale_N = any(ctx.needs_input_grad), linear.row_scale()
         x, saved, inverse_rms_M = normalize(x_MX, linear.activation, for_backward, linear.gated)
         if for_backward:
@@ -123,17 +131,19 @@ class _LinearFunction(torch.autograd.Function):
             ctx.save_for_backward(
                 saved.codes, saved.scale, inverse_rms_M, row_scale_N, gate_and_up_MX
             )
-        return matmul.forward(x, linear.latent, row_scale_N)
+        return matmul.forward(x, linear.latent, row_scale_N), x_MX
 
     @staticmethod
-    def backward(ctx, grad_MN: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx, grad_MN: Tensor, residual_MX: Tensor | None) -> tuple[Tensor, None]:
         codes, scale, inverse_rms_M, row_scale_N, gate_and_up_MX = ctx.saved_tensors
         linear, x = ctx.linear, Quantized(codes, scale)
         grad_MK, grad_NK = matmul.backward(
             grad_MN, x, linear.latent, row_scale_N, linear.activation
         )
         linear.add_gradient(grad_NK)
-        grad_MX = normalize_backward(grad_MK, x, inverse_rms_M, ctx.input_dtype, gate_and_up_MX)
+        grad_MX = normalize_backward(
+            grad_MK, x, inverse_rms_M, ctx.input_dtype, gate_and_up_MX, residual_MX
+        )
         return grad_MX, None
 
 
