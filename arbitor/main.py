@@ -13,6 +13,7 @@ from arbitor.encoder.text import TextEncoder
 from arbitor.errors import UserError
 from arbitor.head.byte import ByteHead
 from arbitor.kernel.matmul.quantize import ACTIVATIONS
+from arbitor.kernel.state_format import StateFormat
 from arbitor.kernel.ternary_scale import TernaryLinear, TernaryWeight
 from arbitor.loss import symbol_loss
 
@@ -73,14 +74,14 @@ class ModelConfig:
 class ARBModel(nn.Module):
     """Calling it on a slot gives the slot's loss; gradients stay with the ternary weights."""
 
-    def __init__(self, config: ModelConfig, seed: int):
+    def __init__(self, config: ModelConfig, seed: int, format: StateFormat | None = None):
         super().__init__()
         self.config = config
         self.text_encoder = TextEncoder(config.width, config.activation)
         self.trunk = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.byte_head = ByteHead(config.width, config.activation)
         for name, weight in self.ternary_weights():
-            weight.initialize(seed, name)
+            weight.initialize(seed, name, format)
 
     def forward(self, batch: SlotBatch) -> Tensor:
         """Loss of one slot in nats per symbol, float32 scalar."""

@@ -1,7 +1,8 @@
 """TernaryLinear and TernaryEmbedding: modules whose only state is integers.
 
-A weight is 2^(log2_scale / 256) * trit. Nothing here is an `nn.Parameter`: the backward pass leaves
-a float gradient of the effective weight for one slot, which the optimizer turns into integers.
+A weight is 2^(log2_scale / 256) * trit, where groups of a row have scales of their own times those.
+Nothing here is an `nn.Parameter`: the backward pass leaves a float gradient of the effective weight
+for one slot, which the optimizer turns into integers.
 Shape letters: N outputs (rows), K inputs (columns), M positions, X columns that a linear is given,
 D width, V symbols.
 """
@@ -12,6 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from arbitor.kernel.backend import refuse_tilelang_training
+from arbitor.kernel.correlation.state import (
+    CorrelationState,
+    init_correlation_state,
+    relative_log2_scale,
+)
 from arbitor.kernel.embedding.op import lookup, lookup_backward
 from arbitor.kernel.latent_update.state import (
     TernaryState,
@@ -20,12 +26,14 @@ from arbitor.kernel.latent_update.state import (
     trits,
 )
 from arbitor.kernel.matmul import op as matmul
+from arbitor.kernel.matmul.plane import unpack_plane
 from arbitor.kernel.matmul.quantize import Quantized
 from arbitor.kernel.rms_norm.op import normalize, normalize_backward
+from arbitor.kernel.state_format import StateFormat
 
 
 class TernaryWeight(nn.Module):
-    """The integer state of one [N, K] weight matrix (`TernaryState`) as buffers.
+    """The integer state of one [N, K] weight matrix as buffers: those of the rule it learns by.
 
     `rate` multiplies the latent rate of the update rule: tables and heads learn slower.
     """
@@ -33,26 +41,55 @@ class TernaryWeight(nn.Module):
     def __init__(self, num_rows: int, num_cols: int, gain: float = 1.0, rate: str = "matrix"):
         super().__init__()
         self.num_rows, self.num_cols, self.gain, self.rate = num_rows, num_cols, gain, rate
+        self.format = StateFormat()
         self.slot_gradient: Tensor | None = None  # [N, K], between backward and optimizer
         self.load(blank_state(num_rows, num_cols))
 
-    def initialize(self, seed: int, name: str) -> None:
+    def initialize(self, seed: int, name: str, format: StateFormat | None = None) -> None:
         """Fresh state keyed by the seed and the tensor's qualified name."""
-        self.load(init_state(self.num_rows, self.num_cols, self.gain, seed, name))
+        self.format = format or StateFormat()
+        start = (self.num_rows, self.num_cols, self.gain, seed, name)
+        if self.format.rule == "bigint":
+            self.load(init_correlation_state(*start, self.format.correlation_group))
+        else:
+            self.load(init_state(*start))
 
-    def load(self, state: TernaryState) -> None:
-        for field in fields(TernaryState):
+    def load(self, state: TernaryState | CorrelationState) -> None:
+        self._state_type = type(state)
+        self._buffers.clear()
+        for field in fields(state):
             self.register_buffer(field.name, getattr(state, field.name))
 
-    def state(self) -> TernaryState:
+    def state(self) -> TernaryState | CorrelationState:
         """The buffers themselves, not copies."""
-        return TernaryState(
-            **{field.name: getattr(self, field.name) for field in fields(TernaryState)}
+        return self._state_type(
+            **{field.name: getattr(self, field.name) for field in fields(self._state_type)}
         )
 
+    @property
+    def num_weights(self) -> int:
+        return self.num_rows * self.num_cols
+
+    def trits(self) -> Tensor:
+        """int8 [N, K] of -1, 0, 1."""
+        if self.format.rule == "bigint":
+            return unpack_plane(self.plane, self.num_cols)
+        return trits(self.latent)
+
     def operand(self) -> Tensor:
-        """bfloat16 trits [N, K], decoded anew at each use."""
-        return trits(self.latent).to(torch.bfloat16)
+        """bfloat16 [N, K]: trits, times their group's scale over the row's under `bigint`."""
+        operand_NK = self.trits().to(torch.bfloat16)
+        if self.format.rule == "bigint":
+            group_size = self.format.correlation_group
+            log2_scale_NG = relative_log2_scale(self.state(), group_size)
+            scale_NG = matmul.row_scale(log2_scale_NG.flatten()).view_as(log2_scale_NG)
+            scale_NK = scale_NG.to(torch.bfloat16).repeat_interleave(group_size, dim=1)
+            operand_NK *= scale_NK[:, : self.num_cols]
+        return operand_NK
+
+    def kernel_operand(self) -> Tensor:
+        """What matmuls and lookups take: int8 latents, or the operand where groups have scales."""
+        return self.operand() if self.format.rule == "bigint" else self.latent
 
     def row_scale(self) -> Tensor:
         """float32 2^(log2_scale / 256), [N]."""
@@ -95,7 +132,7 @@ class TernaryLinear(TernaryWeight):
         What comes back along the stream is added inside the norm's gradient: a pass less.
         """
         if torch.is_grad_enabled():
-            refuse_tilelang_training()
+            refuse_tilelang_training(self.format.rule)
         y_MN, x_MX = _LinearFunction.apply(x.reshape(-1, x.shape[-1]), self)
         return y_MN.view(*x.shape[:-1], self.num_rows), x_MX.view(x.shape)
 
@@ -131,14 +168,14 @@ class _LinearFunction(torch.autograd.Function):
             ctx.save_for_backward(
                 saved.codes, saved.scale, inverse_rms_M, row_scale_N, gate_and_up_MX
             )
-        return matmul.forward(x, linear.latent, row_scale_N), x_MX
+        return matmul.forward(x, linear.kernel_operand(), row_scale_N), x_MX
 
     @staticmethod
     def backward(ctx, grad_MN: Tensor, residual_MX: Tensor | None) -> tuple[Tensor, None]:
         codes, scale, inverse_rms_M, row_scale_N, gate_and_up_MX = ctx.saved_tensors
         linear, x = ctx.linear, Quantized(codes, scale)
         grad_MK, grad_NK = matmul.backward(
-            grad_MN, x, linear.latent, row_scale_N, linear.activation
+            grad_MN, x, linear.kernel_operand(), row_scale_N, linear.activation
         )
         linear.add_gradient(grad_NK)
         grad_MX = normalize_backward(
@@ -152,7 +189,7 @@ class _EmbeddingFunction(torch.autograd.Function):
     def forward(ctx, anchor: Tensor, indices_M: Tensor, table: TernaryEmbedding) -> Tensor:
         ctx.table = table
         ctx.save_for_backward(indices_M)
-        return lookup(indices_M, table.latent, table.row_scale())
+        return lookup(indices_M, table.kernel_operand(), table.row_scale())
 
     @staticmethod
     def backward(ctx, grad_MD: Tensor) -> tuple[None, None, None]:
