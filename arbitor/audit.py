@@ -1,8 +1,9 @@
 """Proves that nothing persistent is float: `python -m arbitor.audit CONFIG`.
 
 Trains one step on made-up symbols, then lists every tensor that is still alive in the process. Bits
-per weight are 16.125 + 48/K + 16/N, and 48 bits a matrix for tensor moment and update count; under
-`bigint` 2 + 64/group + 16/K, 64 bits a matrix, and what fills up rows of the 2-bit plane.
+per weight are 16.125 + 48/K + 16/N, and 48 bits a matrix for tensor moment and update count; 4 less
+with momentum of 4 bits, 2 less with latents of 6, 8/group_size more with group exponents. Under
+`bigint` they are 2 + 64/group_size + 16/K, and 64 bits a matrix for the step counter.
 """
 
 import gc

@@ -76,6 +76,8 @@ class ARBModel(nn.Module):
 
     def __init__(self, config: ModelConfig, seed: int, format: StateFormat | None = None):
         super().__init__()
+        format = format or StateFormat()
+        format.check_activation(config.activation)
         self.config = config
         self.text_encoder = TextEncoder(config.width, config.activation)
         self.trunk = nn.ModuleList(Block(config) for _ in range(config.num_layers))

@@ -65,7 +65,8 @@ class TernaryOptimizer:
         if config.rule == "latent":
             self.rule = LatentRule(config, total_steps, slots_per_step, seed)
         self.weights = model.ternary_weights()
-        assert all(weight.format.rule == config.rule for _, weight in self.weights)
+        formats = {weight.format.state_format() for _, weight in self.weights}
+        assert formats == {config.state_format()}, "the model was made with other state options"
         self.device = self.weights[0][1].log2_scale.device
         self._place = {name: i for i, (name, _) in enumerate(self.weights)}
         self._updates = {name: self.rule.updates_done(weight) for name, weight in self.weights}
@@ -172,7 +173,7 @@ class TernaryOptimizer:
         if self._updates[name]:
             return True
         gradients = self._first_gradients.pop(name, [])
-        exact_sum = torch.zeros_like(weight.latent, dtype=torch.int64)
+        exact_sum = self._zeros(weight.num_rows, weight.num_cols)
         for _, gradient in gradients:
             exact_sum += quantize_exact(gradient.float())
         self._reduce(exact_sum)

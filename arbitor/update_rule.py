@@ -72,7 +72,8 @@ class LatentRule:
         return int(weight.num_updates)
 
     def blank_sum(self, weight: TernaryWeight) -> Tensor:
-        return torch.zeros_like(weight.latent, dtype=self.slot_format.sum_dtype)
+        shape, device = (weight.num_rows, weight.num_cols), weight.log2_scale.device
+        return torch.zeros(shape, dtype=self.slot_format.sum_dtype, device=device)
 
     def add_slot(
         self, weight: TernaryWeight, gradient: Tensor, key: Tensor, total: Tensor, counters: Tensor
@@ -98,7 +99,7 @@ class LatentRule:
         counters: Tensor,
     ) -> None:
         """Adds the numbers of flips, zeros and saturated latents to `counters`."""
-        update(weight.state(), total, self.slot_format, words, counters)
+        update(weight.state(), total, self.slot_format, words, counters, weight.format)
 
 
 class BigintRule:

@@ -19,6 +19,8 @@ from arbitor.kernel.correlation.state import (
     relative_log2_scale,
 )
 from arbitor.kernel.embedding.op import lookup, lookup_backward
+from arbitor.kernel.latent_update.group_exponents import group_operand, scale_of_largest_group
+from arbitor.kernel.latent_update.packed import stored_state, unpack_latent
 from arbitor.kernel.latent_update.state import (
     TernaryState,
     blank_state,
@@ -52,7 +54,7 @@ class TernaryWeight(nn.Module):
         if self.format.rule == "bigint":
             self.load(init_correlation_state(*start, self.format.correlation_group))
         else:
-            self.load(init_state(*start))
+            self.load(stored_state(init_state(*start), self.format))
 
     def load(self, state: TernaryState | CorrelationState) -> None:
         self._state_type = type(state)
@@ -70,14 +72,22 @@ class TernaryWeight(nn.Module):
     def num_weights(self) -> int:
         return self.num_rows * self.num_cols
 
+    def latents(self) -> Tensor:
+        """int8 [N, K]: the buffer itself, or what its packed form holds, unpacked anew."""
+        if self.format.latent_bits == 6:
+            return unpack_latent(self.latent, self.num_cols)
+        return self.latent
+
     def trits(self) -> Tensor:
         """int8 [N, K] of -1, 0, 1."""
         if self.format.rule == "bigint":
             return unpack_plane(self.plane, self.num_cols)
-        return trits(self.latent)
+        return trits(self.latents())
 
     def operand(self) -> Tensor:
-        """bfloat16 [N, K]: trits, times their group's scale over the row's under `bigint`."""
+        """bfloat16 [N, K]: trits, times their group's scale over `row_scale` if it has one."""
+        if self.format.rule == "latent" and self.format.group_size:
+            return group_operand(self.trits(), self.group_exponent, self.format.group_size)
         operand_NK = self.trits().to(torch.bfloat16)
         if self.format.rule == "bigint":
             group_size = self.format.correlation_group
@@ -89,11 +99,15 @@ class TernaryWeight(nn.Module):
 
     def kernel_operand(self) -> Tensor:
         """What matmuls and lookups take: int8 latents, or the operand where groups have scales."""
-        return self.operand() if self.format.rule == "bigint" else self.latent
+        has_groups = self.format.rule == "bigint" or self.format.group_size
+        return self.operand() if has_groups else self.latents()
 
     def row_scale(self) -> Tensor:
-        """float32 2^(log2_scale / 256), [N]."""
-        return matmul.row_scale(self.log2_scale)
+        """float32 [N]: 2^(log2_scale / 256), times the largest of the row's group octaves."""
+        log2_scale_N = self.log2_scale
+        if self.format.rule == "latent" and self.format.group_size:
+            log2_scale_N = scale_of_largest_group(log2_scale_N, self.group_exponent)
+        return matmul.row_scale(log2_scale_N)
 
     def add_gradient(self, grad_NK: Tensor) -> None:
         """Sums the uses of this weight in one slot, in the fixed order of the backward pass.

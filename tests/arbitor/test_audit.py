@@ -56,6 +56,28 @@ def test_bits_per_weight_follow_the_formula(rows, cols):
     assert bits <= 16.5
 
 
+@pytest.mark.parametrize(("rows", "cols"), [(128, 1024), (100, 101)])
+@pytest.mark.parametrize(
+    ("options", "bits"),
+    [
+        ({"momentum_bits": 4}, 8 + 4),
+        ({"latent_bits": 6}, 6 + 8),
+        ({"momentum_bits": 4, "latent_bits": 6}, 6 + 4),
+        ({"group_size": 32}, 8 + 8 + 8 / 32),
+        ({"momentum_bits": 4, "latent_bits": 6, "group_size": 16}, 6 + 4 + 8 / 16),
+    ],
+    ids=str,
+)
+def test_bits_of_the_state_options(options, bits, rows, cols):
+    weight = TernaryWeight(rows, cols)
+    weight.initialize(0, "x", StateFormat(**options))
+    per_matrix = 16 + 32  # tensor moment and number of updates
+    expected = bits + 8 / 64 + 48 / cols + 16 / rows + per_matrix / (rows * cols)
+    # Rows of packed planes and of groups end with whole bytes: at most four bytes a row unused.
+    unused = 4 * 8 / cols if cols % 64 else 0
+    assert expected - 1e-9 <= bits_per_weight(weight) <= expected + unused + 1e-9
+
+
 @pytest.mark.parametrize(("group_size", "bits_of_groups"), [(0, 2), (64, 1), (256, 0.25)])
 def test_bits_of_the_bigint_rule(group_size, bits_of_groups):
     weight = TernaryWeight(128, 1024)

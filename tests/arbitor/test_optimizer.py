@@ -17,7 +17,13 @@ from arbitor.settings import build
 from arbitor.trainer import SlotRunner, evaluate, train_step
 
 TINY = ModelConfig(width=64, num_layers=1)
-VARIANTS = [{}, {"rule": "bigint"}]
+VARIANTS = [
+    {},
+    {"rule": "bigint"},
+    {"momentum_bits": 4},
+    {"momentum_bits": 4, "latent_bits": 6},
+    {"group_size": 32},
+]
 
 ALPHABET = 12
 
@@ -204,6 +210,12 @@ def test_trits_change_sign_and_learn_beyond_bigrams_as_frozen_ones_do_not():
     assert loss < frozen - 0.1
 
 
+@pytest.mark.parametrize("options", VARIANTS[2:], ids=str)
+def test_state_options_learn_beyond_bigrams_too(options):
+    _, _, loss = learn(80, **options)
+    assert loss < entropies()[1] - 0.2
+
+
 def test_the_bigint_rule_learns_beyond_unigrams_and_moves_no_trit():
     start, model, loss = learn(100, rule="bigint", group_size=8)
     assert all(torch.equal(*pair) for pair in trit_pairs(start, model))
@@ -228,7 +240,11 @@ def test_a_gradient_that_is_not_finite_stops_the_bigint_rule_too():
     ("values", "message"),
     [
         ({"rule": "adam"}, "update.rule: expected one of latent, bigint, got 'adam'"),
-        ({"group_size": -1}, "update.group_size: expected 0 to 4096, got -1"),
+        ({"group_size": 12}, "update.group_size: expected one of 0, 16, 32, 64 under latent"),
+        ({"rule": "bigint", "group_size": -1}, "update.group_size: expected 0 to 4096 under big"),
+        ({"momentum_bits": 5}, "update.momentum_bits: expected 8 or 4, got 5"),
+        ({"latent_bits": 4}, "update.latent_bits: expected 8 or 6, got 4"),
+        ({"rule": "bigint", "latent_bits": 6}, "update.latent_bits: the rule bigint has none"),
         ({"rule": "bigint", "latent_rate": 21}, "update.latent_rate: expected 0 to 20"),
     ],
 )

@@ -22,6 +22,7 @@ from arbitor.kernel.latent_update.slot_triton import quantize_slot_
 from arbitor.kernel.latent_update.slots import SlotFormat, fraction_bits
 from arbitor.kernel.latent_update.state import GROUP, TernaryState
 from arbitor.kernel.latent_update.update_triton import update_kernel
+from arbitor.kernel.state_format import INT8, StateFormat
 
 __all__ = ["quantize_slot_", "update_"]
 
@@ -40,6 +41,7 @@ def update_(
     fmt: SlotFormat,
     words: Tensor,
     counters: Tensor | None = None,
+    format: StateFormat = INT8,
 ) -> None:
     """`reference.update` of a state on a GPU, in place; contiguous tensors.
 
@@ -105,6 +107,8 @@ def update_(
         ALIGNED=num_cols % GROUP == 0,
         WIDE=column_shift > 30 or fmt.sum_bits > 15,
         COUNT=counters is not None,
+        MOMENTUM_BITS=format.momentum_bits,
+        LATENT_SHIFT=format.latent_shift,
         STEPS=steps,
         BLOCK_BLOCKS=triton.next_power_of_2(num_blocks),
         maxnreg=REGISTERS[num_cols % GROUP == 0],
