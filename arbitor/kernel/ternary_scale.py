@@ -19,7 +19,11 @@ from arbitor.kernel.correlation.state import (
     relative_log2_scale,
 )
 from arbitor.kernel.embedding.op import lookup, lookup_backward
-from arbitor.kernel.latent_update.group_exponents import group_operand, scale_of_largest_group
+from arbitor.kernel.latent_update.group_exponents import (
+    group_operand,
+    scale_of_largest_group,
+    spread_over_groups,
+)
 from arbitor.kernel.latent_update.packed import stored_state, unpack_latent
 from arbitor.kernel.latent_update.state import (
     TernaryState,
@@ -93,8 +97,8 @@ class TernaryWeight(nn.Module):
             group_size = self.format.correlation_group
             log2_scale_NG = relative_log2_scale(self.state(), group_size)
             scale_NG = matmul.row_scale(log2_scale_NG.flatten()).view_as(log2_scale_NG)
-            scale_NK = scale_NG.to(torch.bfloat16).repeat_interleave(group_size, dim=1)
-            operand_NK *= scale_NK[:, : self.num_cols]
+            scale_NG = scale_NG.to(torch.bfloat16)
+            operand_NK *= spread_over_groups(scale_NG, group_size, self.num_cols)
         return operand_NK
 
     def kernel_operand(self) -> Tensor:

@@ -52,5 +52,9 @@ def group_operand(trits_NK: Tensor, group_exponent_NS: Tensor, group_size: int) 
     shift_NS = group_exponent_NS.int() - group_exponent_NS.amax(1, keepdim=True)
     shift_NS.clamp_(LOWEST_SHIFT, 0)
     scale_NS = ((shift_NS + 127) << 23).view(torch.float32).to(torch.bfloat16)
-    scale_NK = scale_NS.repeat_interleave(group_size, dim=1)[:, : trits_NK.shape[1]]
-    return scale_NK * trits_NK
+    return spread_over_groups(scale_NS, group_size, trits_NK.shape[1]) * trits_NK
+
+
+def spread_over_groups(scale_NS: Tensor, group_size: int, num_cols: int) -> Tensor:
+    """[N, K]: each group's value at each of its weights."""
+    return scale_NS.unsqueeze(2).expand(-1, -1, group_size).flatten(1)[:, :num_cols]
