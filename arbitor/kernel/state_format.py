@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from arbitor.errors import UserError
 
 RULES = ("latent", "bigint")
-CORRELATION_GROUP = 32  # what `bigint` takes where no group size is given
+CORRELATION_GROUP = 8  # what `bigint` takes where no group size is given
 LARGEST_GROUP = 4096  # of `bigint`
 LATENT_GROUPS = (0, 16, 32, 64)  # a momentum exponent serves whole groups
 
@@ -17,7 +17,7 @@ class StateFormat:
     rule: str = "latent"
     momentum_bits: int = 8  # or 4
     latent_bits: int = 8  # or 6
-    # Weights of a row that share a scale beside the row's; 0 = none (`latent`) or 32 (`bigint`).
+    # Weights of a row that share a scale beside the row's; 0 = none (`latent`) or 8 (`bigint`).
     group_size: int = 0
 
     def validate(self) -> None:

@@ -78,7 +78,7 @@ def test_bits_of_the_state_options(options, bits, rows, cols):
     assert expected - 1e-9 <= bits_per_weight(weight) <= expected + unused + 1e-9
 
 
-@pytest.mark.parametrize(("group_size", "bits_of_groups"), [(0, 2), (64, 1), (256, 0.25)])
+@pytest.mark.parametrize(("group_size", "bits_of_groups"), [(0, 8), (32, 2), (256, 0.25)])
 def test_bits_of_the_bigint_rule(group_size, bits_of_groups):
     weight = TernaryWeight(128, 1024)
     weight.initialize(0, "x", StateFormat(rule="bigint", group_size=group_size))

@@ -217,7 +217,7 @@ def test_state_options_learn_beyond_bigrams_too(options):
 
 
 def test_the_bigint_rule_learns_beyond_unigrams_and_moves_no_trit():
-    start, model, loss = learn(100, rule="bigint", group_size=8)
+    start, model, loss = learn(100, rule="bigint")
     assert all(torch.equal(*pair) for pair in trit_pairs(start, model))
     assert loss < entropies()[0] - 0.2
     counters = {int(weight.step_counter) for _, weight in model.ternary_weights()}
