@@ -16,6 +16,7 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from arbitor.attention.mla import rotation_table
+from arbitor.kernel.attention import triton as triton_attention
 from arbitor.kernel.attention_heads import triton as triton_heads
 from arbitor.kernel.backend import set_backend
 from arbitor.kernel.latent_update import triton as triton_update
@@ -23,6 +24,7 @@ from arbitor.kernel.matmul import decode_gemv
 from arbitor.kernel.matmul import triton as triton_matmul
 from arbitor.kernel.matmul.configs import LIBRARY, Choice, GemmConfig
 from arbitor.kernel.rms_norm import triton as triton_norm
+from benchmarks import attention
 from benchmarks.kernels import DECODE_BATCHES, DECODE_SHAPES, TRAINING_SHAPES, UPDATE_SHAPES
 from benchmarks.problems import (
     BackwardProblem,
@@ -45,9 +47,17 @@ NORM_BLOCKS = [(m, k, w) for m in (8, 16, 32, 64) for k in (128, 256, 512) for w
 HEADS_BLOCKS = [(r, w) for r in (8, 16, 32, 64, 128) for w in (1, 2, 4, 8)]
 PLANE_TILES = [(n, q, w, 5) for n in (16, 32, 64, 128) for q in (128, 256, 512) for w in (2, 4)]
 PLANE_TILES += [(n, q, w, 3) for n in (32, 64) for q in (256, 512, 1024) for w in (2, 4, 8)]
+ATTENTION_SHAPES = [(8, 2048, 32, 64), (8, 2048, 16, 128)]
 # Rows, warps, registers and steps of the update's tiles.
 UPDATE_TILES = [(8, 1, r, s) for r in (128, 168, 255) for s in (4, 8, 16, 32)]
 UPDATE_TILES += [(n, w, r, 8) for n, w in ((4, 1), (16, 2), (16, 4), (32, 4)) for r in (128, 168)]
+ATTENTION_TILES = [
+    triton_attention.Tile(m, n, w, s)
+    for m, n, w in (
+        (64, 64, 4), (64, 64, 8), (64, 128, 4), (64, 128, 8), (128, 64, 4), (128, 64, 8), (128, 128, 8)
+    )
+    for s in (2, 3, 4)
+]  # fmt: skip
 
 
 def main() -> None:
@@ -195,7 +205,36 @@ def update_variants(options) -> Iterator[tuple]:
         yield f"update {N}x{K}", [(t, lambda t=t: timed(t)) for t in UPDATE_TILES]
 
 
+def attention_variants(options) -> Iterator[tuple]:
+    """Tiles of the three kernels of causal attention."""
+    for B, T, N, H in ATTENTION_SHAPES:
+        problems = [attention.random_problem(B, T, N, H) for _ in range(2)]
+        saved = [triton_attention.attention_forward(*p[:3]) for p in problems]
+        backward = [(p[3], *p[:3], *s) for p, s in zip(problems, saved, strict=True)]
+        delta = [triton_attention.attention_backward_query(*b)[1] for b in backward]
+        for_key = [(*b[:4], b[5], d) for b, d in zip(backward, delta, strict=True)]
+        for table, kernel, arguments in (
+            ("FORWARD", triton_attention.attention_forward, [p[:3] for p in problems]),
+            ("BACKWARD_QUERY", triton_attention.attention_backward_query, backward),
+            ("BACKWARD_KEY", triton_attention.attention_backward_key, for_key),
+        ):
+
+            def timed(tile, table=table, kernel=kernel, arguments=arguments):
+                chosen = getattr(triton_attention, table)
+                setattr(triton_attention, table, {128: tile})
+                try:
+                    return time_of([lambda a=a: kernel(*a) for a in arguments])
+                finally:
+                    setattr(triton_attention, table, chosen)
+
+            yield (
+                f"attention {table} {B}x{T}x{N}x{H}",
+                [(t, lambda t=t, timed=timed: timed(t)) for t in ATTENTION_TILES],
+            )
+
+
 OPS = {
+    "attention": attention_variants,
     "matmul": matmul_variants,
     "norm": norm_variants,
     "heads": heads_variants,

@@ -10,9 +10,9 @@ W rotary width, P = W / 2 rotated pairs.
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from arbitor.kernel.attention.op import attend
 from arbitor.kernel.attention_heads.op import attention_heads
 from arbitor.kernel.attention_heads.reference import fixed_point
 from arbitor.kernel.ternary_scale import TernaryLinear
@@ -61,13 +61,8 @@ class MultiHeadLatentAttention(nn.Module):
             rotation_table(hidden_BTD.shape[1], self.rotary_width // 2, hidden_BTD.device),
             self.num_heads,
         )
-        mixed_BNTH = F.scaled_dot_product_attention(
-            query_BTNH.transpose(1, 2),
-            key_BTNH.transpose(1, 2),
-            value_BTNH.transpose(1, 2),
-            is_causal=True,
-        )
-        return hidden_BTD + self.output(mixed_BNTH.transpose(1, 2).flatten(2))
+        mixed_BTNH = attend(query_BTNH, key_BTNH, value_BTNH)
+        return hidden_BTD + self.output(mixed_BTNH.flatten(2))
 
 
 @lru_cache(maxsize=64)
