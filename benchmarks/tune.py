@@ -53,11 +53,10 @@ UPDATE_TILES = [(8, 1, r, s) for r in (128, 168, 255) for s in (4, 8, 16, 32)]
 UPDATE_TILES += [(n, w, r, 8) for n, w in ((4, 1), (16, 2), (16, 4), (32, 4)) for r in (128, 168)]
 ATTENTION_TILES = [
     triton_attention.Tile(m, n, w, s)
-    for m, n, w in (
-        (64, 64, 4), (64, 64, 8), (64, 128, 4), (64, 128, 8), (128, 64, 4), (128, 64, 8), (128, 128, 8)
-    )
+    for m, n in ((64, 64), (64, 128), (128, 64), (128, 128))
+    for w in (4, 8)
     for s in (2, 3, 4)
-]  # fmt: skip
+]
 
 
 def main() -> None:
