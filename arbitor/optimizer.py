@@ -1,4 +1,4 @@
-"""Integer gradient sums over the slots of a step, and the latent update on them.
+"""Integer gradient sums over the slots of a step, and the update of the weights by them.
 
 A slot's float gradient becomes integers before anything is added to it, so the sum is exact: order,
 number of workers and restarts cannot change it. After the sum there is no float at all.
@@ -12,50 +12,19 @@ import torch
 from torch import Tensor
 
 from arbitor.cuda_graph import Recording, can_record
-from arbitor.errors import UserError
 from arbitor.kernel.latent_update.fixed_point import (
     STREAM_SLOT,
-    STREAM_UPDATE,
     signed_word,
     stream_key,
     tensor_id,
 )
-from arbitor.kernel.latent_update.moments import NUM_WORDS, step_rates, update_words
-from arbitor.kernel.latent_update.op import add_slot, update
-from arbitor.kernel.latent_update.slots import quantize_exact, slot_format
+from arbitor.kernel.latent_update.slots import quantize_exact
 from arbitor.kernel.latent_update.state import calibrate
 from arbitor.kernel.ternary_scale import TernaryWeight
 from arbitor.main import ARBModel
+from arbitor.update_rule import BigintRule, LatentRule, UpdateConfig
 
 AllReduce = Callable[[Tensor], None]  # sums an int32 or int64 tensor over the workers, in place
-
-
-@dataclass(frozen=True)
-class UpdateConfig:
-    """The latent rule. Rates are in latent units (int8 steps) and octaves of the row scale."""
-
-    latent_rate: float = 3.0  # 0 freezes the trits; the scales still learn
-    table_rate: float = 0.3  # embedding and head learn at this multiple of latent_rate
-    scale_rate: float = 0.01
-    warmup_steps: int = 100
-    final_factor: float = 0.1  # the cosine ends at this multiple of the rates
-
-    def validate(self) -> None:
-        largest = {"latent_rate": 20, "table_rate": 1, "scale_rate": 0.5, "final_factor": 1}
-        for name, limit in largest.items():
-            if not 0 <= getattr(self, name) <= limit:
-                raise UserError(f"update.{name}: expected 0 to {limit}, got {getattr(self, name)}")
-        if self.warmup_steps < 0:
-            raise UserError(f"update.warmup_steps: expected at least 0, got {self.warmup_steps}")
-
-    def schedule(self, step: int, total_steps: int) -> int:
-        """Warm-up times cosine at a step counted from 0, in 1/65536.
-
-        Rounded to an integer, so that the last bit of a library's cosine does not matter.
-        """
-        warmup = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
-        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, total_steps))))
-        return round(65536 * warmup * (self.final_factor + (1 - self.final_factor) * cosine))
 
 
 @dataclass(frozen=True)
@@ -91,18 +60,23 @@ class TernaryOptimizer:
         seed: int,
         all_reduce: AllReduce | None = None,
     ):
-        self.config, self.total_steps, self.seed = config, total_steps, seed
-        self.slots_per_step, self.all_reduce = slots_per_step, all_reduce
-        self.slot_format = slot_format(slots_per_step)
+        self.seed, self.slots_per_step, self.all_reduce = seed, slots_per_step, all_reduce
+        self.rule: LatentRule | BigintRule = BigintRule()
+        if config.rule == "latent":
+            self.rule = LatentRule(config, total_steps, slots_per_step, seed)
         self.weights = model.ternary_weights()
-        self.device = self.weights[0][1].latent.device
+        formats = {weight.format.state_format() for _, weight in self.weights}
+        assert formats == {config.state_format()}, "the model was made with other state options"
+        self.device = self.weights[0][1].log2_scale.device
         self._place = {name: i for i, (name, _) in enumerate(self.weights)}
-        self._updates = {name: int(weight.num_updates) for name, weight in self.weights}
+        self._updates = {name: self.rule.updates_done(weight) for name, weight in self.weights}
         self._sums: dict[str, Tensor] = {}  # all zero between steps
         self._slot_keys = self._zeros(len(self.weights), 1, dtype=torch.int32)
-        self._words = self._zeros(len(self.weights), NUM_WORDS, dtype=torch.int32)
+        self._words = self._zeros(len(self.weights), self.rule.num_words, dtype=torch.int32)
+        self._num_slots = self._zeros(len(self.weights), 1, dtype=torch.int32)  # of all workers
         self._conversion = self._zeros(2)  # non-finite and clipped entries
         self._counters = self._zeros(3)  # flips, zeros, saturated
+        self._launched_updates: set[tuple[str, ...]] = set()
         self._recorded_updates: dict[tuple[str, ...], Recording] = {}
         self._start_step()
 
@@ -121,7 +95,7 @@ class TernaryOptimizer:
 
     def begin_slot(self, step: int, slot: int) -> None:
         """Sets the streams of the slot's stochastic rounding."""
-        if self.slot_format.stochastic:
+        if self.rule.rounds_slots:
             keys = [self._slot_key(step, slot, name) for name in self._place]
             self._slot_keys.copy_(torch.tensor(keys, dtype=torch.int32).unsqueeze(1))
 
@@ -160,9 +134,9 @@ class TernaryOptimizer:
         if non_finite:
             raise NonFiniteError(f"step {step}: {non_finite} gradient entries are not finite")
         self._update(dict(active))
-        weights = max(1, sum(weight.latent.numel() for _, weight in active))
+        weights = max(1, sum(weight.num_weights for _, weight in active))
         shares = [count / weights for count in self._counters.tolist()]
-        converted = max(1, sum(self._contributions[n] * w.latent.numel() for n, w in active))
+        converted = max(1, sum(self._contributions[n] * w.num_weights for n, w in active))
         self._start_step()
         return UpdateReport(losses, *shares, clipped_fraction=clipped / converted)
 
@@ -174,6 +148,7 @@ class TernaryOptimizer:
         contributions = torch.tensor(list(self._contributions.values()), dtype=torch.int32)
         gathered = torch.cat([self._loss_bits(), contributions.to(self.device)])
         self._reduce(gathered)
+        self._num_slots.copy_(gathered[self.slots_per_step :].unsqueeze(1))
         gathered = gathered.cpu()
         losses = gathered[: self.slots_per_step].view(torch.float32).tolist()
         bad = [slot for slot, loss in enumerate(losses) if not math.isfinite(loss)]
@@ -198,7 +173,7 @@ class TernaryOptimizer:
         if self._updates[name]:
             return True
         gradients = self._first_gradients.pop(name, [])
-        exact_sum = torch.zeros_like(weight.latent, dtype=torch.int64)
+        exact_sum = self._zeros(weight.num_rows, weight.num_cols)
         for _, gradient in gradients:
             exact_sum += quantize_exact(gradient.float())
         self._reduce(exact_sum)
@@ -215,25 +190,25 @@ class TernaryOptimizer:
     def _add_integers(
         self, name: str, weight: TernaryWeight, gradient: Tensor, key: Tensor
     ) -> None:
-        total = self._sum(name, weight)
-        add_slot(gradient, weight.row_moment, self.slot_format, key, total, self._conversion)
+        self.rule.add_slot(weight, gradient, key, self._sum(name, weight), self._conversion)
 
     def _sum(self, name: str, weight: TernaryWeight) -> Tensor:
         if name not in self._sums:
-            self._sums[name] = torch.zeros_like(weight.latent, dtype=self.slot_format.sum_dtype)
+            self._sums[name] = self.rule.blank_sum(weight)
         return self._sums[name]
 
     def _update(self, active: dict[str, TernaryWeight]) -> None:
         """Sums over the workers, then updates; the launches are recorded once per set of weights.
 
-        A weight's first update is launched as it is: that compiles the kernels.
+        The first update of a set is launched as it is: that compiles the kernels.
         """
         for name, weight in active.items():
             total = self._sum(name, weight)  # zeros where only other workers had its slots
             if self.all_reduce is not None:
                 all_reduce_packed(total, self.all_reduce)
         names = tuple(active)
-        is_first = not self.is_calibrated(names)
+        is_first = names not in self._launched_updates
+        self._launched_updates.add(names)
         for name in names:
             self._updates[name] += 1
         if is_first or not can_record(self.device):
@@ -245,22 +220,17 @@ class TernaryOptimizer:
 
     def _set_words(self, step: int) -> None:
         """Rates, key and number of each weight's next update, for the device to read."""
-        factor = self.config.schedule(step, self.total_steps)
-        scale_rate = round(256 * self.config.scale_rate * factor)  # scales count in 1/256 octave
-        words = []
-        for name, weight in self.weights:
-            latent_rate = self.config.latent_rate
-            if weight.rate == "table":
-                latent_rate *= self.config.table_rate
-            rates = step_rates(round(latent_rate * factor), scale_rate)
-            key = stream_key(self.seed, step, tensor_id(name), STREAM_UPDATE)
-            words.append(update_words(rates, key, self._updates[name] + 1))
+        words = [
+            self.rule.step_words(name, weight, step, self._updates[name] + 1)
+            for name, weight in self.weights
+        ]
         self._words.copy_(torch.tensor(words, dtype=torch.int32))
 
     def _launch_updates(self, active: dict[str, TernaryWeight]) -> None:
         for name, weight in active.items():
-            total, words = self._sums[name], self._words[self._place[name]]
-            update(weight.state(), total, self.slot_format, words, self._counters)
+            total, place = self._sums[name], self._place[name]
+            words, num_slots = self._words[place], self._num_slots[place]
+            self.rule.update(weight, total, words, num_slots, self._counters)
             total.zero_()
 
     def _zeros(self, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:

@@ -57,6 +57,9 @@ class FloatLinear(FloatWeight):
             x = x + (codes.view_as(x) - x).detach()
         return F.linear(x.bfloat16(), self.effective().bfloat16())
 
+    def fork(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self(x), x
+
 
 class FloatEmbedding(FloatWeight):
     def forward(self, indices: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,9 @@ def main() -> None:
     options = parse()
     assert torch.cuda.is_available(), "kernels are timed on a GPU"
     set_backend("triton")
-    refused = [op for op in options.ops if not test_is_green(op)]
+    with ThreadPoolExecutor(len(options.ops)) as pool:
+        green = list(pool.map(test_is_green, options.ops))
+    refused = [op for op, is_green in zip(options.ops, green, strict=True) if not is_green]
     for op in refused:
         print(f"{op}: a test is red, not timed")
     ceilings = measure_ceilings()

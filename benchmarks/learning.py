@@ -25,6 +25,13 @@ from benchmarks.float_baseline import RULES, FloatTrainer
 from benchmarks.timing import environment
 
 CURVE_POINTS = 20
+VARIANTS = {  # the product's rules and formats of their state
+    "latent": {},
+    "latent-12": {"momentum_bits": 4},
+    "latent-10": {"momentum_bits": 4, "latent_bits": 6},
+    "latent-groups": {"group_size": 32},
+    "bigint": {"rule": "bigint"},
+}
 
 
 def main() -> None:
@@ -33,8 +40,8 @@ def main() -> None:
     train_bytes, held_out = split(options)
     results = []
     for rule in options.rules:
-        rates = [None] if rule == "latent" else options.lr
-        trainer = None if rule == "latent" else FloatTrainer(model_config(options), rule, options)
+        rates = [None] if rule in VARIANTS else options.lr
+        trainer = None if rule in VARIANTS else FloatTrainer(model_config(options), rule, options)
 
         def run(rate, seed, rule=rule, trainer=trainer):
             return train_and_judge(rule, trainer, rate, seed, options, train_bytes, held_out)
@@ -54,7 +61,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--held-out", type=float, default=0.1, help="share of the file, at its end")
-    parser.add_argument("--rules", nargs="+", default=["latent", "ste"], choices=["latent", *RULES])
+    rules = [*VARIANTS, *RULES]
+    parser.add_argument("--rules", nargs="+", default=["latent", "ste"], choices=rules)
     parser.add_argument("--lr", nargs="+", type=float, default=[2e-3, 4e-3, 8e-3])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--width", type=int, default=128)
@@ -125,7 +133,7 @@ def train_and_judge(rule, trainer, lr, seed, options, train_bytes, held_out) -> 
     # torch.compile makes its own kernels from the plain operations.
     set_backend(options.backend if trainer is None else "torch")
     if trainer is None:
-        model, curve = train_latent(seed, options, slots)
+        model, curve = train_ternary(rule, seed, options, slots)
     else:
         model, curve = trainer.train(lr, seed, slots), []
     trained = time.perf_counter()
@@ -143,13 +151,14 @@ def train_and_judge(rule, trainer, lr, seed, options, train_bytes, held_out) -> 
     return result
 
 
-def train_latent(seed, options, slots) -> tuple[ARBModel, list[dict]]:
+def train_ternary(rule, seed, options, slots) -> tuple[ARBModel, list[dict]]:
     """The product's model and optimizer; the curve shows how the latents spread."""
+    config = UpdateConfig(warmup_steps=options.warmup, **VARIANTS[rule])
     with torch.device(options.device):
-        model = ARBModel(model_config(options), seed)
+        model = ARBModel(model_config(options), seed, config)
     optimizer = TernaryOptimizer(
         model,
-        UpdateConfig(warmup_steps=options.warmup),
+        config,
         total_steps=options.steps,
         slots_per_step=options.slots,
         seed=seed,
@@ -171,7 +180,7 @@ def train_latent(seed, options, slots) -> tuple[ARBModel, list[dict]]:
 
 
 def num_weights(model: ARBModel) -> int:
-    ternary = sum(weight.latent.numel() for _, weight in model.ternary_weights())
+    ternary = sum(weight.num_weights for _, weight in model.ternary_weights())
     return ternary + sum(parameter.numel() for parameter in model.parameters())
 
 

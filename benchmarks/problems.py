@@ -56,6 +56,7 @@ class UpdateProblem:
         self.sum_NK = torch.randint(-200, 200, shape, device="cuda", dtype=SLOTS.sum_dtype)
         self.grad_NK = torch.randn(shape, device="cuda") if with_gradient else None
         self.counters = torch.zeros(2, dtype=torch.int64, device="cuda")
+        self.update_counters = torch.zeros(3, dtype=torch.int64, device="cuda")
         words = update_words(step_rates(3 << 16, 168), key=1, updates=100)
         self.words = torch.tensor(words, dtype=torch.int32, device="cuda")
 
@@ -65,7 +66,7 @@ class UpdateProblem:
         quantize_slot_(grad_NK, self.state.row_moment, SLOTS, key, self.sum_NK, self.counters)
 
     def update(self) -> None:
-        update_(self.state, self.sum_NK, SLOTS, self.words)
+        update_(self.state, self.sum_NK, SLOTS, self.words, self.update_counters)
 
 
 def rotate(make: Callable[[], Any], bytes_of_one: int) -> list[Any]:

@@ -126,7 +126,7 @@ def prepare(rule: str, config: ModelConfig) -> tuple[Callable[[int, SlotBatch], 
         weights = [w for _, w in model.ternary_weights() if not isinstance(w, TernaryEmbedding)]
         return (
             lambda i, batch: train_step(run_slot, i, [batch]),
-            sum(weight.latent.numel() for weight in weights),
+            sum(weight.num_weights for weight in weights),
         )
     with torch.device("cuda"):
         model = float_model(config, rule, seed=0)

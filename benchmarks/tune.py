@@ -15,7 +15,9 @@ from dataclasses import replace
 import torch
 from triton.runtime.errors import OutOfResources
 
+from arbitor.attention.mla import rotation_table
 from arbitor.kernel.attention import triton as triton_attention
+from arbitor.kernel.attention_heads import triton as triton_heads
 from arbitor.kernel.backend import set_backend
 from arbitor.kernel.latent_update import triton as triton_update
 from arbitor.kernel.matmul import decode_gemv
@@ -42,6 +44,7 @@ TILES = [
     GemmConfig(128, 128, 256, num_warps=8, num_stages=3),
 ]
 NORM_BLOCKS = [(m, k, w) for m in (8, 16, 32, 64) for k in (128, 256, 512) for w in (4, 8)]
+HEADS_BLOCKS = [(r, w) for r in (8, 16, 32, 64, 128) for w in (1, 2, 4, 8)]
 PLANE_TILES = [(n, q, w, 5) for n in (16, 32, 64, 128) for q in (128, 256, 512) for w in (2, 4)]
 PLANE_TILES += [(n, q, w, 3) for n in (32, 64) for q in (256, 512, 1024) for w in (2, 4, 8)]
 # Rows, warps, registers and steps of the update's tiles.
@@ -143,6 +146,31 @@ def norm_variants(options) -> Iterator[tuple]:
             )
 
 
+def heads_variants(options) -> Iterator[tuple]:
+    """Rows or positions and warps of the heads, as a model of width K has them."""
+    for shape in options.shapes:
+        M, _, K = (int(size) for size in shape.split("x"))
+        T, N = min(M, 2048), K // 64
+        sizes = (K, N * 96, 32)
+        inputs = [torch.randn(M // T, T, x, device="cuda", dtype=torch.bfloat16) for x in sizes]
+        table = rotation_table(T, 16, inputs[0].device)
+        *heads, inverse_rms_4R = triton_heads.heads_forward(*inputs, table, N)
+        backward = (*map(torch.randn_like, heads), *heads[:2], table, inverse_rms_4R)
+
+        def timed(blocks, kernel, *arguments):
+            triton_heads._FORWARD_BLOCKS = triton_heads._BACKWARD_BLOCKS = blocks
+            return time_of([lambda: kernel(*arguments)])
+
+        for name, kernel, arguments in (
+            ("forward", triton_heads.heads_forward, (*inputs, table, N)),
+            ("backward", triton_heads.heads_backward, backward),
+        ):
+            yield (
+                f"heads {name} {M}x{N}x64",
+                [(b, lambda b=b, k=kernel, a=arguments: timed(b, k, *a)) for b in HEADS_BLOCKS],
+            )
+
+
 def plane_variants(options) -> Iterator[tuple]:
     """Tiles of the matmul on the 2-bit plane, by batch."""
     for N, K in DECODE_SHAPES:
@@ -153,7 +181,7 @@ def plane_variants(options) -> Iterator[tuple]:
             x, _, _ = triton_norm.rms_norm_quantize(x_MK, "fp8", False)
 
             def timed(tile, batch=batch, x=x, planes=planes, scale_N=scale_N):
-                decode_gemv._TILES = ((64, (max(16, batch), *tile)),)
+                decode_gemv._TILES = ((64, 0, tile),)
                 return time_of(
                     [lambda p=p: decode_gemv.plane_matmul(x, p, scale_N) for p in planes]
                 )
@@ -170,7 +198,7 @@ def update_variants(options) -> Iterator[tuple]:
             rows, warps, registers, steps = tile
             triton_update.TILE = {"BLOCK_N": rows, "num_warps": warps}
             triton_update.REGISTERS = dict.fromkeys((True, False), registers)
-            triton_update.STEPS = ((0, steps),)
+            triton_update.STEPS = steps
             return time_of([p.update for p in problems])
 
         yield f"update {N}x{K}", [(t, lambda t=t: timed(t)) for t in UPDATE_TILES]
@@ -213,6 +241,7 @@ OPS = {
     "attention": attention_variants,
     "matmul": matmul_variants,
     "norm": norm_variants,
+    "heads": heads_variants,
     "plane": plane_variants,
     "update": update_variants,
 }

@@ -67,6 +67,7 @@ class RunConfig:
         for name in ("num_workers", "threads_per_worker"):
             if getattr(self.scaling, name) < 1:
                 raise UserError(f"scaling.{name}: expected at least 1")
+        self.update.check_activation(self.model.activation)
         if self.data.slots_per_step > MAX_SLOTS:
             raise UserError(
                 f"data.slots_per_step: expected at most {MAX_SLOTS} (their sum must stay exact),"

@@ -59,7 +59,7 @@ def run_worker(values: dict[str, Any]) -> None:
     slots = begin(stream_slots(data, start, config.steps, rank, world))
     if config.log_slots:
         slots = log_slots(slots, config.folder / f"slots-{rank}.jsonl")
-    model = ARBModel(config.model, config.seed)
+    model = ARBModel(config.model, config.seed, config.update)
     if checkpoint:
         restore(model, checkpoint, config, data)
     model.to(device)

@@ -21,8 +21,9 @@ ROTARY_BASE = 10_000.0
 
 
 class MultiHeadLatentAttention(nn.Module):
-    """bfloat16 [B, T, D] -> bfloat16 [B, T, D]; position t sees positions 0..t of its own row.
+    """bfloat16 [B, T, D] -> bfloat16 [B, T, D], the input with what attention found added.
 
+    Position t sees positions 0..t of its own row.
     Of the H numbers of a head's query and key, the last `rotary_width` carry the position.
     """
 
@@ -49,7 +50,8 @@ class MultiHeadLatentAttention(nn.Module):
         self.output = TernaryLinear(num_heads * head_width, width, activation, gain=output_gain)
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
-        query_low_BTR, latent_BTR, rotary_key_BTW = self.compress(hidden_BTD).split(
+        compressed_BTX, hidden_BTD = self.compress.fork(hidden_BTD)
+        query_low_BTR, latent_BTR, rotary_key_BTW = compressed_BTX.split(
             [self.latent_rank, self.latent_rank, self.rotary_width], dim=-1
         )
         query_BTNH, key_BTNH, value_BTNH = attention_heads(
@@ -59,7 +61,8 @@ class MultiHeadLatentAttention(nn.Module):
             rotation_table(hidden_BTD.shape[1], self.rotary_width // 2, hidden_BTD.device),
             self.num_heads,
         )
-        return self.output(attend(query_BTNH, key_BTNH, value_BTNH).flatten(2))
+        mixed_BTNH = attend(query_BTNH, key_BTNH, value_BTNH)
+        return hidden_BTD + self.output(mixed_BTNH.flatten(2))
 
 
 @lru_cache(maxsize=64)

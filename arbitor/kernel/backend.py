@@ -64,12 +64,23 @@ def runs_triton(tensor: Tensor) -> bool:
     return tensor.is_cuda or (active_backend() == "triton" and _interpreting())
 
 
-def refuse_tilelang_training() -> None:
-    """Raises under the backend tilelang, which is for inference, unless the variable is set."""
-    if active_backend() == "tilelang" and os.environ.get(TILELANG_TRAINING_VARIABLE) != "1":
+def refuse_tilelang_training(rule: str) -> None:
+    """Raises under the backend tilelang, which is for inference, unless the variable is set.
+
+    Even then it trains with the rule `bigint` alone: its correlation runs as a Triton kernel, on
+    gradients of plain matmuls.
+    """
+    if active_backend() != "tilelang":
+        return
+    if os.environ.get(TILELANG_TRAINING_VARIABLE) != "1":
         raise UserError(
             "backend tilelang is for inference; train with --backend triton, or set"
-            f" {TILELANG_TRAINING_VARIABLE}=1 to train with it all the same"
+            f" {TILELANG_TRAINING_VARIABLE}=1 to train with update.rule=bigint all the same"
+        )
+    if rule != "bigint":
+        raise UserError(
+            f"backend tilelang: {TILELANG_TRAINING_VARIABLE}=1 trains with update.rule=bigint"
+            f" alone, got {rule}; set that rule or --backend triton"
         )
 
 

@@ -35,8 +35,12 @@ def random_problem(shape, dtype):
 
     query, expanded = random(B, T, N * (C + W)), random(B, T, N * (2 * C + W))
     rotary_key = random(B, T, 8 + W)[..., 8:]
-    # Attention may return gradients with heads before positions.
-    gradients = [random(B, N, T, C + W).transpose(1, 2) for _ in range(3)]
+    # Attention may return gradients with heads before positions, or a part of something.
+    gradients = (
+        random(B, N, T, C + W).transpose(1, 2),
+        random(B, T, N, C + W),
+        random(B, T, N, 3 + C + W)[..., 3:],
+    )
     return (query, expanded, rotary_key), gradients
 
 

@@ -25,12 +25,12 @@ def make_batch(step, slot):
     )
 
 
-def trained(slots):
+def trained(slots, options):
     torch.use_deterministic_algorithms(True)
     set_backend("triton")
+    config = UpdateConfig(warmup_steps=2, **options)
     with torch.device("cuda"):
-        model = ARBModel(CONFIG, seed=0)
-    config = UpdateConfig(warmup_steps=2)
+        model = ARBModel(CONFIG, 0, config)
     optimizer = TernaryOptimizer(model, config, total_steps=STEPS, slots_per_step=slots, seed=0)
     run_slot = SlotRunner(model, optimizer)
     reports = [
@@ -43,12 +43,22 @@ def trained(slots):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("slots", [3, 20], ids=["nearest", "stochastic"])
-def test_recorded_steps_leave_the_bits_of_launched_ones(slots, monkeypatch):
-    recorded, reports, recordings = trained(slots)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"rule": "bigint"},
+        {"momentum_bits": 4, "latent_bits": 6},
+        {"momentum_bits": 4, "group_size": 32},
+    ],
+    ids=str,
+)
+def test_recorded_steps_leave_the_bits_of_launched_ones(options, slots, monkeypatch):
+    recorded, reports, recordings = trained(slots, options)
     assert recordings == 3
     for module in (optimizer_module, trainer_module):
         monkeypatch.setattr(module, "can_record", lambda device: False)
-    launched, expected_reports, recordings = trained(slots)
+    launched, expected_reports, recordings = trained(slots, options)
     assert recordings == 0
     assert reports == expected_reports
     for (name, left), right in zip(recorded.state_dict().items(), launched.buffers(), strict=True):

@@ -60,6 +60,19 @@ def test_a_weight_that_is_used_twice_sums_its_gradients():
     assert torch.equal(linear.slot_gradient, once + once)
 
 
+def test_what_comes_back_along_a_stream_past_a_linear_joins_its_gradient():
+    linear = TernaryLinear(32, 16, "fp8")
+    linear.initialize(seed=3, name="linear")
+    x = torch.randn(2, 8, 32, requires_grad=True)
+    grads = torch.randn(2, 8, 16).bfloat16(), torch.randn(2, 8, 32)
+    linear(x).backward(grads[0])
+    alone, x.grad = x.grad, None
+    y, stream = linear.fork(x)
+    assert torch.equal(stream, x)
+    torch.autograd.backward([y, stream], grads)
+    assert torch.equal(x.grad, alone + grads[1])
+
+
 def test_embedding_gradient_sums_over_a_symbols_positions():
     table = TernaryEmbedding(5, 16)
     table.initialize(seed=0, name="table")

@@ -13,7 +13,8 @@ import torch
 from arbitor.kernel.latent_update import fixed_point as fp
 from arbitor.kernel.latent_update import moments, slots
 from arbitor.kernel.latent_update import reference as rule
-from tests.arbitor.update_cases import RATES, fresh_state, random_gradient
+from arbitor.kernel.state_format import INT8
+from tests.arbitor.update_cases import FORMATS, RATES, fresh_state, random_gradient
 
 triton_update = pytest.importorskip("arbitor.kernel.latent_update.triton")
 
@@ -66,10 +67,10 @@ def spiked_gradients(shape, factor):
     return grads
 
 
-def run_steps(shape, num_slots, factors):
+def run_steps(shape, num_slots, factors, format=INT8):
     """Steps of both; every state tensor and counter equal after each."""
     fmt = slots.slot_format(num_slots)
-    expected = fresh_state(*shape, [random_gradient(*shape, seed) for seed in range(2)])
+    expected = fresh_state(*shape, [random_gradient(*shape, seed) for seed in range(2)], format)
     ours = on_device(expected)
     for step, factor in enumerate(factors):
         grads = spiked_gradients(shape, factor)
@@ -90,11 +91,12 @@ def run_steps(shape, num_slots, factors):
             )
         assert torch.equal(our_total.cpu(), total) and conversion.tolist() == counts
         key = fp.stream_key(1, step, 7, fp.STREAM_UPDATE)
-        stats = rule.update(expected, total, fmt, RATES, key)
+        stats = rule.update(expected, total, fmt, RATES, key, format)
         counters = torch.full((3,), 5, dtype=torch.int64, device=DEVICE)
         with pytest.MonkeyPatch.context() as patch:
             poison(patch)
-            triton_update.update_(ours, our_total, fmt, words_of(RATES, key, step + 1), counters)
+            words = words_of(RATES, key, step + 1)
+            triton_update.update_(ours, our_total, fmt, words, counters, format)
         assert_equal_states(ours, expected)
         assert (counters - 5).tolist() == [stats.flips, stats.zeros, stats.saturated]
         assert torch.equal(our_total.cpu(), total)
@@ -106,6 +108,15 @@ def run_steps(shape, num_slots, factors):
 def test_updates_are_the_reference(shape, num_slots):
     state = run_steps(shape, num_slots, [1.0, 50.0])
     assert state.num_updates.item() == 2
+
+
+@pytest.mark.parametrize("num_slots", [4, 17])
+@pytest.mark.parametrize("shape", [(9, 130), (17, 64)])
+@pytest.mark.parametrize("format", FORMATS[1:], ids=str)
+def test_updates_in_fewer_bits_are_the_reference(shape, num_slots, format):
+    state = run_steps(shape, num_slots, [1.0, 50.0], format)
+    assert format.largest_momentum // 2 < state.momentum.abs().max() <= format.largest_momentum
+    assert not (state.latent % (1 << format.latent_shift)).any()
 
 
 @pytest.mark.parametrize("num_slots", [1, 16, 300])
@@ -129,20 +140,24 @@ def test_large_updates_are_the_reference(shape, num_slots):
     run_steps(shape, num_slots, [1.0, 50.0, 0.0])  # the CPU reference takes most of the time
 
 
+@pytest.mark.parametrize("format", FORMATS, ids=str)
 @pytest.mark.parametrize("num_slots", [4, 17, 300])
-def test_largest_sums_are_the_reference(num_slots):
-    """Every integer at its bound: sums +-S qmax, momentum +-127 at the largest shift."""
+def test_largest_sums_are_the_reference(num_slots, format):
+    """Every integer at its bound: sums +-S qmax, momentum at its rail and the largest shift."""
     fmt = slots.slot_format(num_slots)
-    expected = fresh_state(9, 130, [random_gradient(9, 130)])
+    expected = fresh_state(9, 130, [random_gradient(9, 130)], format)
     signs = torch.where(random_gradient(9, 130) < 0, -1, 1)
-    expected.momentum.copy_(127 * signs)
+    expected.momentum.copy_(format.largest_momentum * signs)
     expected.momentum_exponent.fill_(127)
-    expected.latent.copy_(127 * signs)
+    expected.latent.copy_(format.largest_latent * signs)
     total = (num_slots * fmt.qmax * signs).to(fmt.sum_dtype)
     ours = on_device(expected)
-    triton_update.update_(ours, total.to(DEVICE), fmt, words_of(RATES, 0xFFFFFFFF, 1))
-    rule.update(expected, total, fmt, RATES, 0xFFFFFFFF)
+    counters = torch.zeros(3, dtype=torch.int64, device=DEVICE)
+    words = words_of(RATES, 0xFFFFFFFF, 1)
+    triton_update.update_(ours, total.to(DEVICE), fmt, words, counters, format)
+    stats = rule.update(expected, total, fmt, RATES, 0xFFFFFFFF, format)
     assert_equal_states(ours, expected)
+    assert counters.tolist() == [stats.flips, stats.zeros, stats.saturated]
 
 
 def test_momentum_at_its_rail_is_the_reference():

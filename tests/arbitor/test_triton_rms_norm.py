@@ -144,3 +144,27 @@ def test_gradient_of_a_gated_norm_equals_the_reference(shape, dtype, monkeypatch
     gate, up = x_MX.float().chunk(2, dim=-1)
     bound = torch.cat([bound * 1.1 * up.abs(), bound * gate.abs()], dim=-1)
     assert ((got - expected).abs() <= bound + 1e-30).all()
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("shape", SHAPES + GPU)
+def test_the_residuals_gradient_is_added_before_the_rounding(shape, gated, monkeypatch):
+    M, K = shape
+    x_MX = random_gates(shape) if gated else random_input(shape)
+    generator = torch.Generator().manual_seed(2)
+    grad_MK = torch.randn(shape, generator=generator).to(DEVICE, torch.bfloat16)
+    # A slice, as the gradient of a part of a stream may be.
+    residual_MX = torch.randn(M, x_MX.shape[1] + 3, generator=generator).to(DEVICE, torch.bfloat16)
+    residual_MX = residual_MX[:, 3:]
+    _, x, inverse_rms_M = triton_norm.rms_norm_quantize(x_MX, "fp8", True, gated=gated)
+    gates = x_MX if gated else None
+    alone = triton_norm.rms_norm_backward_x(grad_MK, x, inverse_rms_M, torch.float32, gates)
+    poison(monkeypatch)
+    got = triton_norm.rms_norm_backward_x(
+        grad_MK, x, inverse_rms_M, torch.bfloat16, gates, residual_MX
+    )
+    monkeypatch.undo()
+    # One rounding to bfloat16; before it products and sums that a GPU may fuse.
+    exact = alone.double() + residual_MX.double()
+    bound = 2**-8 * exact.abs() + 2**-21 * (alone.abs() + residual_MX.abs())
+    assert ((got.double() - exact).abs() <= bound).all()

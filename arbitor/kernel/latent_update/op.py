@@ -10,9 +10,12 @@ from torch import Tensor
 from arbitor.kernel.backend import count_path, runs_triton
 from arbitor.kernel.latent_update import reference
 from arbitor.kernel.latent_update.fixed_point import unsigned_word
+from arbitor.kernel.latent_update.group_exponents import move_group_exponents
 from arbitor.kernel.latent_update.moments import rates_and_key
+from arbitor.kernel.latent_update.packed import plain_state, store_
 from arbitor.kernel.latent_update.slots import SlotFormat, quantize_slot, row_exponents
-from arbitor.kernel.latent_update.state import TernaryState
+from arbitor.kernel.latent_update.state import GroupedState, TernaryState
+from arbitor.kernel.state_format import StateFormat
 
 
 def add_slot(
@@ -47,17 +50,25 @@ def update(
     fmt: SlotFormat,
     words: Tensor,
     counters: Tensor,
+    format: StateFormat,
 ) -> None:
     """The next update of the state, in place; `words` int32 [7] are those of `update_words`.
 
     Adds the numbers of flipped trits, zero trits and saturated latents to `counters`, int64 [3].
+    Packed latents and momentum become int8 for the time of it.
     """
-    if runs_triton(state.latent):
+    plain = plain_state(state, format, grad_sum_NK.shape[1])
+    if runs_triton(plain.latent):
         from arbitor.kernel.latent_update.triton import update_
 
         count_path("update", "triton")
-        update_(state, grad_sum_NK, fmt, words, counters)
-        return
-    count_path("update", "torch")
-    stats = reference.update(state, grad_sum_NK, fmt, *rates_and_key(words.tolist()))
-    counters += torch.tensor([stats.flips, stats.zeros, stats.saturated], device=counters.device)
+        update_(plain, grad_sum_NK, fmt, words, counters, format)
+    else:
+        count_path("update", "torch")
+        rates, key = rates_and_key(words.tolist())
+        stats = reference.update(plain, grad_sum_NK, fmt, rates, key, format)
+        counts = [stats.flips, stats.zeros, stats.saturated]
+        counters += torch.tensor(counts, device=counters.device)
+    if isinstance(plain, GroupedState):
+        move_group_exponents(plain, format.group_size, words)
+    store_(state, plain, format)

@@ -22,15 +22,15 @@ from arbitor.kernel.latent_update.slot_triton import quantize_slot_
 from arbitor.kernel.latent_update.slots import SlotFormat, fraction_bits
 from arbitor.kernel.latent_update.state import GROUP, TernaryState
 from arbitor.kernel.latent_update.update_triton import update_kernel
+from arbitor.kernel.state_format import INT8, StateFormat
 
 __all__ = ["quantize_slot_", "update_"]
 
 # One warp owns 8 rows of one group, 16 weights a thread, and walks down STEPS such tiles: sums
-# over columns and their factors stay in registers. 168 of these let 12 warps share a processor.
+# over columns and their factors stay in registers. 128 of these let 16 warps share a processor.
 TILE = {"BLOCK_N": 8, "num_warps": 1}
-REGISTERS = {True: 168, False: 255}  # where 64 divides K, and elsewhere
-# Tiles a program, from so many weights up: more save starts, fewer fill the processors evenly.
-STEPS = ((1 << 26, 16), (1 << 24, 8), (1 << 22, 4), (0, 2))
+REGISTERS = {True: 128, False: 255}  # where 64 divides K, and elsewhere
+STEPS = 4
 BLOCK_PREPARE = 1024
 BLOCK_FINISH = 128
 
@@ -41,6 +41,7 @@ def update_(
     fmt: SlotFormat,
     words: Tensor,
     counters: Tensor | None = None,
+    format: StateFormat = INT8,
 ) -> None:
     """`reference.update` of a state on a GPU, in place; contiguous tensors.
 
@@ -83,8 +84,7 @@ def update_(
     # Squares of a column are added in units that keep the sum over the tensor below 2^62.
     column_shift = max(0, 62 - 2 * fmt.sum_bits - (num_rows * num_cols - 1).bit_length())
     row_tiles = triton.cdiv(num_rows, TILE["BLOCK_N"])
-    steps = next(steps for size, steps in STEPS if num_rows * num_cols >= size)
-    steps = min(steps, triton.next_power_of_2(row_tiles))
+    steps = min(STEPS, triton.next_power_of_2(row_tiles))
     grid = (num_groups, triton.cdiv(row_tiles, steps))
     update_kernel[grid](
         grad_sum_NK,
@@ -107,6 +107,8 @@ def update_(
         ALIGNED=num_cols % GROUP == 0,
         WIDE=column_shift > 30 or fmt.sum_bits > 15,
         COUNT=counters is not None,
+        MOMENTUM_BITS=format.momentum_bits,
+        LATENT_SHIFT=format.latent_shift,
         STEPS=steps,
         BLOCK_BLOCKS=triton.next_power_of_2(num_blocks),
         maxnreg=REGISTERS[num_cols % GROUP == 0],

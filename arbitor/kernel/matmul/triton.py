@@ -6,6 +6,8 @@ grad_w, whose further sum is float32.
 Shape letters: M positions, N outputs, K inputs.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -61,7 +63,7 @@ def matmul_backward_x(grad: Quantized, latent_NK: Tensor) -> tuple[Tensor, str]:
         grad.codes,
         trits_KN.T,
         scale_a=grad.scale,
-        scale_b=torch.ones(1, K, dtype=torch.float32, device=latent_NK.device),
+        scale_b=_ones(K, latent_NK.device),
         out_dtype=torch.bfloat16,
         use_fast_accum=True,
     )
@@ -83,11 +85,22 @@ def matmul_backward_weight(grad: Quantized, x: Quantized) -> tuple[Tensor, str]:
         grad_NM,
         x_KM.T,
         scale_a=grad.scale.reshape(N, 1),
-        scale_b=torch.ones(1, K, dtype=torch.float32, device=grad_NM.device),
+        scale_b=_ones(K, grad_NM.device),
         out_dtype=_LIBRARY_GRADIENT,
         use_fast_accum=False,
     )
     return grad_NK, "cublas"
+
+
+def _ones(count: int, device: torch.device) -> Tensor:
+    """float32 [1, count] for the library, which wants a scale for every column."""
+    return _one_bits(count, device).view(torch.float32)
+
+
+@lru_cache(maxsize=256)
+def _one_bits(count: int, device: torch.device) -> Tensor:
+    """Kept between steps, hence integers: the bits of 1.0."""
+    return torch.full((1, count), 0x3F800000, dtype=torch.int32, device=device)
 
 
 def int8_backward(

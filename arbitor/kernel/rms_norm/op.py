@@ -40,18 +40,24 @@ def normalize_backward(
     inverse_rms_M: Tensor,
     dtype: torch.dtype,
     gate_and_up_MX: Tensor | None = None,
+    residual_MX: Tensor | None = None,
 ) -> Tensor:
     """Gradient with respect to the input, in `dtype`, [M, 2 K] of a gated norm, else [M, K].
 
-    The quantizer passes it on unchanged. A gated norm needs its input again.
+    The quantizer passes it on unchanged. A gated norm needs its input again. `residual` is what
+    reaches the input on another way and is added.
     """
     if runs_triton(grad_MK):
         from arbitor.kernel.rms_norm import triton
 
         count_path("rms_norm.backward", "triton")
-        return triton.rms_norm_backward_x(grad_MK, x, inverse_rms_M, dtype, gate_and_up_MX)
+        return triton.rms_norm_backward_x(
+            grad_MK, x, inverse_rms_M, dtype, gate_and_up_MX, residual_MX
+        )
     count_path("rms_norm.backward", "torch")
-    grad_MK = reference.rms_norm_backward(grad_MK, x.values(), inverse_rms_M)
-    if gate_and_up_MX is None:
-        return grad_MK.to(dtype)
-    return swiglu_backward(grad_MK, gate_and_up_MX).to(dtype)
+    grad_MX = reference.rms_norm_backward(grad_MK, x.values(), inverse_rms_M)
+    if gate_and_up_MX is not None:
+        grad_MX = swiglu_backward(grad_MX, gate_and_up_MX)
+    if residual_MX is not None:
+        grad_MX += residual_MX
+    return grad_MX.to(dtype)

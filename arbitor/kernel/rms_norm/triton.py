@@ -26,9 +26,9 @@ from arbitor.kernel.triton_numeric import (
 # Rows of a program, columns of a step, warps. Transposed stores write BLOCK_M bytes at a stretch:
 # 32 is one sector of memory.
 _FORWARD_BLOCKS = (32, 128, 8)
-_BACKWARD_BLOCKS = (32, 128, 8)
+_BACKWARD_BLOCKS = (32, 128, 4)
 _GATED_FORWARD_BLOCKS = (32, 128, 8)
-_GATED_BACKWARD_BLOCKS = (32, 128, 8)
+_GATED_BACKWARD_BLOCKS = (16, 256, 4)
 _CODES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 
 
@@ -77,13 +77,18 @@ def rms_norm_backward_x(
     inverse_rms_M: Tensor,
     dtype: torch.dtype,
     gate_and_up_MX: Tensor | None = None,
+    residual_MX: Tensor | None = None,
 ) -> Tensor:
-    """Gradient with respect to the norm's input [M, X] in `dtype`; x in either layout."""
+    """Gradient with respect to the norm's input [M, X] in `dtype`, plus `residual`.
+
+    x is taken in either layout.
+    """
     M, K = grad_MK.shape
     gated = gate_and_up_MX is not None
-    grad_MK = grad_MK if grad_MK.stride(1) == 1 else grad_MK.contiguous()
-    if gated and gate_and_up_MX.stride(1) != 1:
-        gate_and_up_MX = gate_and_up_MX.contiguous()
+    grad_MK, gate_and_up_MX, residual_MX = (
+        x if x is None or x.stride(1) == 1 else x.contiguous()
+        for x in (grad_MK, gate_and_up_MX, residual_MX)
+    )
     out_MX = torch.empty(M, 2 * K if gated else K, dtype=dtype, device=grad_MK.device)
     block_m, block_k, num_warps = _GATED_BACKWARD_BLOCKS if gated else _BACKWARD_BLOCKS
     rms_norm_backward_x_kernel[(triton.cdiv(M, block_m),)](
@@ -92,11 +97,13 @@ def rms_norm_backward_x(
         x.scale,
         inverse_rms_M,
         gate_and_up_MX,
+        residual_MX,
         out_MX,
         M,
         grad_MK.stride(0),
         *x.codes.stride(),
         gate_and_up_MX.stride(0) if gated else 0,
+        residual_MX.stride(0) if residual_MX is not None else 0,
         K=K,
         GATED=gated,
         BLOCK_M=block_m,
@@ -177,12 +184,14 @@ def rms_norm_backward_x_kernel(
     scale_ptr,
     inverse_rms_ptr,
     gate_and_up_ptr,
+    residual_ptr,
     out_ptr,
     M,
     stride_gm,
     stride_cm,
     stride_ck,
     stride_um,
+    stride_rm,
     K: tl.constexpr,
     GATED: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -218,7 +227,15 @@ def rms_norm_backward_x_kernel(
             up = widen(tl.load(gates + K, mask=mask, other=0.0))
             grad, grad_up = swiglu_gradient(grad, gate, up)
             out = out_ptr + row * (2 * K) + column
-            tl.store(out + K, nearest(grad_up, out_ptr.dtype.element_ty), mask=mask)
+            _store_sum(out + K, grad_up, residual_ptr, row * stride_rm + column + K, mask)
         else:
             out = out_ptr + row * K + column
-        tl.store(out, nearest(grad, out_ptr.dtype.element_ty), mask=mask)
+        _store_sum(out, grad, residual_ptr, row * stride_rm + column, mask)
+
+
+@triton.jit
+def _store_sum(out_ptrs, grad, residual_ptr, offsets, mask):
+    """Stores the gradient, with the residual's added if there is one."""
+    if residual_ptr is not None:
+        grad += widen(tl.load(residual_ptr + offsets, mask=mask, other=0.0))
+    tl.store(out_ptrs, nearest(grad, out_ptrs.dtype.element_ty), mask=mask)
