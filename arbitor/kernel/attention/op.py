@@ -46,7 +46,7 @@ def attend(
 def _seen(
     compressed: tuple[Tensor, Tensor] | None, T: int, window: int | None, stride: int
 ) -> tuple[Tensor, Tensor] | None:
-    """The compressed blocks that any of T positions sees; None without one."""
+    """The compressed blocks that any of T positions sees."""
     if window is not None and (window < 1 or stride < 1):
         raise ValueError(f"attention: window {window} and stride {stride} must be at least 1")
     if compressed is None:
@@ -59,7 +59,7 @@ def _seen(
             f"attention: {T} positions with window {window} and stride {stride} see {blocks}"
             f" compressed blocks, got {compressed[0].shape[1]}"
         )
-    return tuple(x[:, :blocks] for x in compressed) if blocks else None
+    return tuple(x[:, :blocks] for x in compressed)
 
 
 class _AttentionFunction(torch.autograd.Function):
@@ -73,7 +73,7 @@ class _AttentionFunction(torch.autograd.Function):
 
         inputs = [triton.readable(x) for x in (query_BTNH, key_BTNH, value_BTNH)]
         pair = (compressed_key_BJNH, compressed_value_BJNH)
-        compressed = [triton.readable(x) for x in pair if x is not None]
+        compressed = [triton.readable(x) for x in pair if x is not None and x.shape[1]]
         ctx.visible = triton.Visible(window[0] or 0, window[1])
         out_BTNH, log2_sum_BNS = triton.attention_forward(*inputs, compressed, ctx.visible)
         ctx.save_for_backward(out_BTNH, log2_sum_BNS, *inputs, *compressed)
@@ -93,6 +93,8 @@ class _AttentionFunction(torch.autograd.Function):
         statistics = (ctx.visible, log2_sum_BNS, delta_BNS)
         grads = triton.attention_backward_key(grad_BTNH, query_BTNH, *exact, False, *statistics)
         compressed_grads = (None, None)
+        if ctx.needs_input_grad[3]:
+            compressed_grads = (grad_BTNH[:, :0], grad_BTNH[:, :0])
         if compressed:
             compressed_grads = triton.attention_backward_key(
                 grad_BTNH, query_BTNH, *compressed, True, *statistics
