@@ -69,26 +69,14 @@ def attention_backward_query_kernel(
         whole, end = compressed_keys(first_m, BLOCK_M, BLOCK_N, WINDOW, STRIDE)
         grad_query = _query_gradient(
             grad_query, query, grad, log2_sum, delta, low, high, b, n,
-            compressed_key_desc, compressed_value_desc, 0, whole, LOG2_SCALE, H, BLOCK_N, False,
-        )  # fmt: skip
-        grad_query = _query_gradient(
-            grad_query, query, grad, log2_sum, delta, low, high, b, n,
-            compressed_key_desc, compressed_value_desc, whole, end, LOG2_SCALE, H, BLOCK_N, True,
+            compressed_key_desc, compressed_value_desc, 0, end, 0, whole, LOG2_SCALE, H, BLOCK_N,
         )  # fmt: skip
     begin, left, right, end = exact_keys(first_m, BLOCK_M, BLOCK_N, WINDOW, STRIDE)
     if WINDOW:
         low = exact_start(m, WINDOW, STRIDE)
-        grad_query = _query_gradient(
-            grad_query, query, grad, log2_sum, delta, low, m + 1, b, n,
-            key_desc, value_desc, begin, left, LOG2_SCALE, H, BLOCK_N, True,
-        )  # fmt: skip
     grad_query = _query_gradient(
         grad_query, query, grad, log2_sum, delta, low, m + 1, b, n,
-        key_desc, value_desc, left, right, LOG2_SCALE, H, BLOCK_N, False,
-    )  # fmt: skip
-    grad_query = _query_gradient(
-        grad_query, query, grad, log2_sum, delta, low, m + 1, b, n,
-        key_desc, value_desc, right, end, LOG2_SCALE, H, BLOCK_N, True,
+        key_desc, value_desc, begin, end, left, right, LOG2_SCALE, H, BLOCK_N,
     )  # fmt: skip
     store_tile(grad_query_desc, b, first_m, n, grad_query * LOGIT_SCALE, H, BLOCK_M)
 
@@ -108,19 +96,20 @@ def _query_gradient(
     value_desc,
     first,
     last,
+    left,
+    right,
     LOG2_SCALE: tl.constexpr,
     H: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr,
 ):
-    """Adds what comes through the keys from `first` to `last`; MASKED as in the forward kernel."""
+    """Adds what comes through the keys from `first` to `last`, bounds as in the forward kernel."""
     for first_n in tl.range(loop_bound(first), loop_bound(last), BLOCK_N):
         key = load_tile(key_desc, b, first_n, n, H, BLOCK_N)
         value = load_tile(value_desc, b, first_n, n, H, BLOCK_N)
         scores = dot(query, tl.trans(key))
         grad_weight = dot(grad, tl.trans(value))
         weight = tl.exp2(scores * LOG2_SCALE - log2_sum[:, None])
-        if MASKED:
+        if (first_n < left) | (first_n >= right):
             key_n = (first_n + tl.arange(0, BLOCK_N))[None, :]
             weight = tl.where((key_n >= low[:, None]) & (key_n < high[:, None]), weight, 0.0)
         grad_scores = weight * (grad_weight - delta[:, None])
@@ -172,17 +161,8 @@ def attention_backward_key_kernel(
     begin, left, right, end = queries(first_n, T, BLOCK_M, BLOCK_N, WINDOW, STRIDE, COMPRESSED)
     grad_key, grad_value = _key_gradients(
         grad_key, grad_value, key, value, low, high, b, n, query_desc, grad_desc,
-        log2_sum_ptr, delta_ptr, begin, left, LOG2_SCALE, H, BLOCK_M, True,
+        log2_sum_ptr, delta_ptr, begin, end, left, right, LOG2_SCALE, H, BLOCK_M,
     )  # fmt: skip
-    grad_key, grad_value = _key_gradients(
-        grad_key, grad_value, key, value, low, high, b, n, query_desc, grad_desc,
-        log2_sum_ptr, delta_ptr, left, right, LOG2_SCALE, H, BLOCK_M, False,
-    )  # fmt: skip
-    if WINDOW and not COMPRESSED:
-        grad_key, grad_value = _key_gradients(
-            grad_key, grad_value, key, value, low, high, b, n, query_desc, grad_desc,
-            log2_sum_ptr, delta_ptr, right, end, LOG2_SCALE, H, BLOCK_M, True,
-        )  # fmt: skip
     store_tile(grad_key_desc, b, first_n, n, grad_key * LOGIT_SCALE, H, BLOCK_N)
     store_tile(grad_value_desc, b, first_n, n, grad_value, H, BLOCK_N)
 
@@ -203,12 +183,14 @@ def _key_gradients(
     delta_ptr,
     first,
     last,
+    left,
+    right,
     LOG2_SCALE: tl.constexpr,
     H: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    MASKED: tl.constexpr,
 ):
-    """Adds what comes from the queries from `first` to `last`.
+    """Adds what comes from the queries from `first` to `last`, of which those from `low` to `high`
+    see a key; the blocks of queries between `left` and `right` see all.
 
     Scores and weights are transposed, [BLOCK_N, BLOCK_M]: they are left operands here.
     """
@@ -218,12 +200,12 @@ def _key_gradients(
         grad = load_tile(grad_desc, b, first_m, n, H, BLOCK_M)
         log2_sum, delta = tl.load(log2_sum_ptr + m), tl.load(delta_ptr + m)
         scores = dot(key, tl.trans(query))
-        grad_weight = dot(value, tl.trans(grad))
         weight = tl.exp2(scores * LOG2_SCALE - log2_sum[None, :])
-        if MASKED:
+        if (first_m < left) | (first_m >= right):
             seen = (m[None, :] >= low[:, None]) & (m[None, :] < high[:, None])
             weight = tl.where(seen, weight, 0.0)
         grad_value = dot(nearest(weight, grad.dtype), grad, grad_value)
+        grad_weight = dot(value, tl.trans(grad))
         grad_scores = weight * (grad_weight - delta[None, :])
         grad_key = dot(nearest(grad_scores, query.dtype), query, grad_key)
     return grad_key, grad_value

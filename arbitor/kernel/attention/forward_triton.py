@@ -48,26 +48,14 @@ def attention_forward_kernel(
         whole, end = compressed_keys(first_m, BLOCK_M, BLOCK_N, WINDOW, STRIDE)
         out, total = _attend_to_keys(
             out, total, query, low, high, b, n, compressed_key_desc, compressed_value_desc,
-            0, whole, LOG2_SCALE, H, BLOCK_N, False,
-        )  # fmt: skip
-        out, total = _attend_to_keys(
-            out, total, query, low, high, b, n, compressed_key_desc, compressed_value_desc,
-            whole, end, LOG2_SCALE, H, BLOCK_N, True,
+            0, end, 0, whole, LOG2_SCALE, H, BLOCK_N,
         )  # fmt: skip
     begin, left, right, end = exact_keys(first_m, BLOCK_M, BLOCK_N, WINDOW, STRIDE)
     if WINDOW:
         low = exact_start(m, WINDOW, STRIDE)
-        out, total = _attend_to_keys(
-            out, total, query, low, m + 1, b, n, key_desc, value_desc,
-            begin, left, LOG2_SCALE, H, BLOCK_N, True,
-        )  # fmt: skip
     out, total = _attend_to_keys(
         out, total, query, low, m + 1, b, n, key_desc, value_desc,
-        left, right, LOG2_SCALE, H, BLOCK_N, False,
-    )  # fmt: skip
-    out, total = _attend_to_keys(
-        out, total, query, low, m + 1, b, n, key_desc, value_desc,
-        right, end, LOG2_SCALE, H, BLOCK_N, True,
+        begin, end, left, right, LOG2_SCALE, H, BLOCK_N,
     )  # fmt: skip
     tl.store(log2_sum_ptr + tl.program_id(1).to(tl.int64) * S + m, tl.log2(total))
     store_tile(out_desc, b, first_m, n, out / total[:, None], H, BLOCK_M)
@@ -86,17 +74,22 @@ def _attend_to_keys(
     value_desc,
     first,
     last,
+    left,
+    right,
     LOG2_SCALE: tl.constexpr,
     H: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr,
 ):
-    """Adds the keys from `first` to `last`: all queries see them all or, if MASKED, those from
-    `low` to `high`."""
+    """Adds the keys from `first` to `last`, of which a query sees those from `low` to `high`; all
+    queries see the blocks of keys between `left` and `right`.
+
+    One loop: accumulators that are handed from one loop to another make the compiler wait for each
+    matmul of the second.
+    """
     for first_n in tl.range(loop_bound(first), loop_bound(last), BLOCK_N):
         key = load_tile(key_desc, b, first_n, n, H, BLOCK_N)
         weight = tl.exp2(dot(query, tl.trans(key)) * LOG2_SCALE)
-        if MASKED:
+        if (first_n < left) | (first_n >= right):
             key_n = (first_n + tl.arange(0, BLOCK_N))[None, :]
             weight = tl.where((key_n >= low[:, None]) & (key_n < high[:, None]), weight, 0.0)
         total += tl.sum(weight, 1)
