@@ -31,7 +31,7 @@ def main() -> None:
     for shape in options.shapes:
         B, T, N, H = (int(size) for size in shape.split("x"))
         problems = [random_problem(B, T, N, H) for _ in range(2)]
-        # Two matmuls forward and five backward, over half of the pairs.
+        # Two matmuls forward and five backward over half of the pairs, for the windowed one too.
         operations = 2 * B * N * T**2 * H
         print(f"{shape}: forward ms (TFLOP/s), backward ms (TFLOP/s)")
         for name, call, context in contenders():
@@ -48,6 +48,7 @@ def main() -> None:
 
 def contenders() -> Iterator[tuple[str, Callable, contextlib.AbstractContextManager]]:
     yield "ours", attend, contextlib.nullcontext()
+    yield "ours, window 128", windowed, contextlib.nullcontext()
     yield "flash, deterministic", pytorch, backend(SDPBackend.FLASH_ATTENTION, True)
     yield "flash", pytorch, backend(SDPBackend.FLASH_ATTENTION, False)
     yield "cuDNN", pytorch, backend(SDPBackend.CUDNN_ATTENTION, False)
@@ -61,6 +62,12 @@ def backend(choice: SDPBackend, deterministic: bool) -> Iterator[None]:
             yield
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def windowed(query_BTNH: Tensor, key_BTNH: Tensor, value_BTNH: Tensor) -> Tensor:
+    """A window of 128 exact keys and one compressed key for 16 positions before it."""
+    compressed = tuple(x.detach()[:, 15::16] for x in (key_BTNH, value_BTNH))
+    return attend(query_BTNH, key_BTNH, value_BTNH, compressed, window=128, stride=16)
 
 
 def pytorch(query_BTNH: Tensor, key_BTNH: Tensor, value_BTNH: Tensor) -> Tensor:
