@@ -2,8 +2,8 @@
 
     python -m benchmarks.learning --data FILE --rules latent ste adamw --seeds 0 1 --steps 600
 
-FILE is text, or xz of text; its last part is held out. AdamW rules are searched over --lr on the
-first seed and run with the best on the others. Prints one JSON line a run, then a table.
+FILE is text, or xz of text; its last part is held out. Each rule is searched over its rates (--lr,
+--latent-rate) on the first seed and runs with the best on the others. Prints a JSON line a run.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def main() -> None:
     train_bytes, held_out = split(options)
     results = []
     for rule in options.rules:
-        rates = [None] if rule in VARIANTS else options.lr
+        rates = options.latent_rate if rule in VARIANTS else options.lr
         trainer = None if rule in VARIANTS else FloatTrainer(model_config(options), rule, options)
 
         def run(rate, seed, rule=rule, trainer=trainer):
@@ -64,6 +64,7 @@ def parse() -> argparse.Namespace:
     rules = [*VARIANTS, *RULES]
     parser.add_argument("--rules", nargs="+", default=["latent", "ste"], choices=rules)
     parser.add_argument("--lr", nargs="+", type=float, default=[2e-3, 4e-3, 8e-3])
+    parser.add_argument("--latent-rate", nargs="+", type=float, default=[3.0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=2)
@@ -133,7 +134,7 @@ def train_and_judge(rule, trainer, lr, seed, options, train_bytes, held_out) -> 
     # torch.compile makes its own kernels from the plain operations.
     set_backend(options.backend if trainer is None else "torch")
     if trainer is None:
-        model, curve = train_ternary(rule, seed, options, slots)
+        model, curve = train_ternary(rule, lr, seed, options, slots)
     else:
         model, curve = trainer.train(lr, seed, slots), []
     trained = time.perf_counter()
@@ -151,9 +152,9 @@ def train_and_judge(rule, trainer, lr, seed, options, train_bytes, held_out) -> 
     return result
 
 
-def train_ternary(rule, seed, options, slots) -> tuple[ARBModel, list[dict]]:
+def train_ternary(rule, rate, seed, options, slots) -> tuple[ARBModel, list[dict]]:
     """The product's model and optimizer; the curve shows how the latents spread."""
-    config = UpdateConfig(warmup_steps=options.warmup, **VARIANTS[rule])
+    config = UpdateConfig(latent_rate=rate, warmup_steps=options.warmup, **VARIANTS[rule])
     with torch.device(options.device):
         model = ARBModel(model_config(options), seed, config)
     optimizer = TernaryOptimizer(
@@ -184,12 +185,12 @@ def num_weights(model: ARBModel) -> int:
     return ternary + sum(parameter.numel() for parameter in model.parameters())
 
 
-def print_summary(rule: str, lr: float | None, runs: list[dict]) -> None:
+def print_summary(rule: str, lr: float, runs: list[dict]) -> None:
     losses = [run["validation"] for run in runs]
     by_seed = " ".join(f"{loss:.4f}" for loss in losses)
     seconds = mean(run["seconds"] for run in runs)
     print(
-        f"{rule:<18} lr {lr or '-'}: {by_seed}  mean {mean(losses):.4f}  {seconds:.0f} s",
+        f"{rule:<18} rate {lr}: {by_seed}  mean {mean(losses):.4f}  {seconds:.0f} s",
         flush=True,
     )
 
