@@ -146,7 +146,10 @@ def attention_backward_key_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Gradients of BLOCK_N keys and values of one head, exact or COMPRESSED ones."""
+    """Gradients of BLOCK_N keys and values of one head, exact or COMPRESSED ones.
+
+    Scores and weights are transposed, [BLOCK_N, BLOCK_M]: they are left operands here.
+    """
     b, n = tl.program_id(1) // N, tl.program_id(1) % N
     first_n = tl.program_id(0) * BLOCK_N
     key_n = first_n + tl.arange(0, BLOCK_N)
@@ -159,42 +162,7 @@ def attention_backward_key_kernel(
     low = first_query(key_n, WINDOW, STRIDE, COMPRESSED)
     high = last_query(key_n, T, WINDOW, STRIDE, COMPRESSED)
     begin, left, right, end = queries(first_n, T, BLOCK_M, BLOCK_N, WINDOW, STRIDE, COMPRESSED)
-    grad_key, grad_value = _key_gradients(
-        grad_key, grad_value, key, value, low, high, b, n, query_desc, grad_desc,
-        log2_sum_ptr, delta_ptr, begin, end, left, right, LOG2_SCALE, H, BLOCK_M,
-    )  # fmt: skip
-    store_tile(grad_key_desc, b, first_n, n, grad_key * LOGIT_SCALE, H, BLOCK_N)
-    store_tile(grad_value_desc, b, first_n, n, grad_value, H, BLOCK_N)
-
-
-@triton.jit
-def _key_gradients(
-    grad_key,
-    grad_value,
-    key,
-    value,
-    low,
-    high,
-    b,
-    n,
-    query_desc,
-    grad_desc,
-    log2_sum_ptr,
-    delta_ptr,
-    first,
-    last,
-    left,
-    right,
-    LOG2_SCALE: tl.constexpr,
-    H: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
-    """Adds what comes from the queries from `first` to `last`, of which those from `low` to `high`
-    see a key; the blocks of queries between `left` and `right` see all.
-
-    Scores and weights are transposed, [BLOCK_N, BLOCK_M]: they are left operands here.
-    """
-    for first_m in tl.range(loop_bound(first), loop_bound(last), BLOCK_M):
+    for first_m in tl.range(loop_bound(begin), loop_bound(end), BLOCK_M):
         m = first_m + tl.arange(0, BLOCK_M)
         query = load_tile(query_desc, b, first_m, n, H, BLOCK_M)
         grad = load_tile(grad_desc, b, first_m, n, H, BLOCK_M)
@@ -208,4 +176,5 @@ def _key_gradients(
         grad_weight = dot(value, tl.trans(grad))
         grad_scores = weight * (grad_weight - delta[None, :])
         grad_key = dot(nearest(grad_scores, query.dtype), query, grad_key)
-    return grad_key, grad_value
+    store_tile(grad_key_desc, b, first_n, n, grad_key * LOGIT_SCALE, H, BLOCK_N)
+    store_tile(grad_value_desc, b, first_n, n, grad_value, H, BLOCK_N)

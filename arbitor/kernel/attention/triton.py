@@ -28,12 +28,13 @@ class Tile(NamedTuple):
     block_n: int
     num_warps: int
     num_stages: int
+    registers: int | None = None
 
 
 # By the largest head width that they serve.
-FORWARD = {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2)}
-BACKWARD_QUERY = {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2)}
-BACKWARD_KEY = {64: Tile(64, 64, 4, 3), 128: Tile(64, 128, 8, 2)}
+FORWARD = {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 2)}
+BACKWARD_QUERY = {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2)}
+BACKWARD_KEY = {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 2)}
 
 # The tensor memory accelerator reads from addresses that are multiples of 16 bytes.
 _ALIGNMENT = 8
@@ -199,4 +200,5 @@ def _constants(H: int, tile: Tile, visible: Visible) -> dict[str, float]:
         "BLOCK_N": tile.block_n,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
+        "maxnreg": tile.registers,
     }
