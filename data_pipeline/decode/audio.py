@@ -20,7 +20,7 @@ STREAMED = 0x7FFF_0000  # bytes claimed by a WAV whose writer did not know its l
 
 @dataclass(frozen=True)
 class AudioConfig:
-    """What becomes of a clip: BEGIN_AUDIO, up to `positions` frames, END_AUDIO, and a transcript."""
+    """What becomes of a clip: BEGIN_AUDIO, at most `positions` frames, END_AUDIO, a transcript."""
 
     seconds_max: float = 4.0  # a longer clip is cut here
     sequence_length: int = 256  # positions of a row, transcript and specials included

@@ -80,7 +80,7 @@ def decode_image(content: bytes, config: ImageConfig) -> np.ndarray:
         left, top = (image.width - side) / 2, (image.height - side) / 2
         square = image.resize(
             (config.size, config.size),
-            Image.Resampling.BICUBIC,
+            Image.Resampling.BILINEAR,
             box=(left, top, left + side, top + side),
         )
         if orientation in UPRIGHT:
