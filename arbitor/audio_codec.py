@@ -110,7 +110,7 @@ def _magnitudes(levels: np.ndarray) -> np.ndarray:
 
 
 def _griffin_lim(magnitudes_FK: np.ndarray) -> np.ndarray:
-    """float32 [320 F] whose spectra come near the magnitudes, from always the same random phases."""
+    """float32 [320 F] of spectra near the magnitudes; the first phases are random, always alike."""
     words = np.random.Philox(key=0).random_raw(magnitudes_FK.size)
     angles = (words >> 40).astype(np.float32) * np.float32(2 * np.pi / (1 << 24))
     spectra = magnitudes_FK * np.exp(1j * angles.reshape(magnitudes_FK.shape))
