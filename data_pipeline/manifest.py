@@ -79,9 +79,7 @@ class SourceManifest:
         return hashlib.sha256(content.encode()).hexdigest()
 
 
-def changes(
-    before: Mapping[str, SourceManifest], now: Mapping[str, SourceManifest]
-) -> list[str]:
+def changes(before: Mapping[str, SourceManifest], now: Mapping[str, SourceManifest]) -> list[str]:
     """What differs between two indices: `text: removed a.parquet`; empty where nothing does.
 
     Shards are told apart by content: the same ones at another place are the same.

@@ -77,12 +77,13 @@ class Mixture:
 
     def serve(self, first: int, count: int, counts: Sequence[int]) -> list[int]:
         """The sources of slots first .. first + count - 1, after `counts` slots before them."""
-        if self.num_sources == 1:
+        if self.num_sources == 1 or not count:
             return [0] * count
-        windows = [iter(self._windows(i, int(counts[i]), first + count)) for i in range(len(counts))]
+        stop = first + count
+        windows = [self._windows(i, int(value), stop) for i, value in enumerate(counts)]
         release, deadline = map(list, zip(*map(next, windows), strict=True))
         order = []
-        for slot in range(first, first + count):
+        for slot in range(first, stop):
             chosen, earliest = -1, NEVER + 1
             for i, end in enumerate(deadline):
                 if end < earliest and release[i] <= slot:

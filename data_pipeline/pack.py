@@ -166,9 +166,7 @@ def pack_media_window(
     packed_ids = np.empty_like(ids)
     packed_ids[target] = ids[chosen]
     row_starts = np.arange(len(rows) + 1) * layout.sequence_length
-    return PackedWindow(
-        sequences, np.arange(len(rows)), packed_ids, row_starts, content, report
-    )
+    return PackedWindow(sequences, np.arange(len(rows)), packed_ids, row_starts, content, report)
 
 
 def slice_micro_batch(window: PackedWindow, index: int, batch_size: int) -> tuple:

@@ -8,7 +8,7 @@ Data. `read_slots` is what streaming is tested against, and the way to read slot
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from data_pipeline.files import ShardError
@@ -40,11 +40,15 @@ Windows = tuple[tuple[Segment, ...], ...]
 
 @dataclass(frozen=True)
 class RunData:
-    """Everything that the slots of a run depend on. Any process can rebuild it alike."""
+    """Everything that the slots of a run depend on. Any process can rebuild it alike.
+
+    `states` of the same plan (`states.py`) change nothing: they make late steps near.
+    """
 
     config: DataConfig
     manifests: Mapping[str, SourceManifest]
     seed: int
+    states: Mapping[int, Sequence[Sequence[int]]] = field(default_factory=dict)
 
     @cached_property
     def windows(self) -> dict[str, Windows]:
@@ -66,7 +70,7 @@ class RunData:
             )
             for name, windows in self.windows.items()
         ]
-        return Plan(sources, self.config.slots_per_step, self.seed)
+        return Plan(sources, self.config.slots_per_step, self.seed, self.states)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -138,7 +142,9 @@ class RunData:
         if self.config.media(modality):
             return [-(-sum(s.rows for s in window) // size) for window in windows]
         length = self.config.sequence_length
-        return [num_micro_batches(sum(s.symbols for s in window), size, length) for window in windows]
+        return [
+            num_micro_batches(sum(s.symbols for s in window), size, length) for window in windows
+        ]
 
 
 def read_slots(

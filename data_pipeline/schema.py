@@ -107,11 +107,14 @@ class DataConfig:
         _validate_mixture(self.active_sources)
 
     def _validate_positions(self, modality: str) -> None:
-        length, positions = self.sequence_length_of(modality), self.batch_size * self.sequence_length
+        length, positions = (
+            self.sequence_length_of(modality),
+            self.batch_size * self.sequence_length,
+        )
         if positions % length:
             raise UserError(
-                f"data.{modality}.sequence_length: {length} does not divide the {positions} positions"
-                f" of a slot (data.batch_size x data.sequence_length); make it a divisor"
+                f"data.{modality}.sequence_length: {length} does not divide the {positions}"
+                f" positions of a slot (data.batch_size x data.sequence_length); make it a divisor"
             )
 
 

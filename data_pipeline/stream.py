@@ -1,7 +1,8 @@
-"""Slots through Ray Data: windows are read and packed in tasks, ahead of the training loop.
+"""Slots through Ray Data: windows are read, decoded and packed in tasks, ahead of the training.
 
-Inside the train function of each worker, so that restarts and resizes need no coordinator:
-window tasks in order of first use, generated lazily -> `decode_windows` in a few parallel tasks,
+`stream_slots` is the front door. Inside the train function of each worker, so that restarts and
+resizes need no coordinator: window tasks in order of first use, generated lazily ->
+`decode_windows` in a few parallel tasks,
 one row a window -> the worker keeps each lane's window and slices it as the plan walks. Every
 window that arrives is checked against the plan, in case the order or the content is not the plan's.
 
@@ -21,13 +22,15 @@ import ray
 from ray.data import DataContext, ExecutionOptions, ExecutionResources, TaskPoolStrategy
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from data_pipeline.pack import PackedSlot, PackedWindow
+from data_pipeline.files import ShardError
+from data_pipeline.layout import layout_of
+from data_pipeline.pack import Fault, PackedSlot, PackedWindow, WindowReport
 from data_pipeline.plan import WindowKey
-from data_pipeline.read import ShardError
-from data_pipeline.run_data import RunData, WindowTask, slots_from
+from data_pipeline.run_data import RunData, slots_from
+from data_pipeline.window import WindowTask
 
 PARALLEL_TASKS = 2  # a rank; they take no logical CPUs, so they must fit beside the trainer
-TASK_SYMBOLS = 8 << 20  # decoded in over 100 ms, against Ray Data's 10 ms a task
+TASK_COST = 1.0  # windows of a task together: over 100 ms, against Ray Data's 10 ms a task
 WINDOWS_PER_TASK = 16  # at most
 OBJECT_STORE_BYTES = 1 << 30  # how far the tasks may run ahead, a rank
 
@@ -36,6 +39,7 @@ _ARRAYS = {
     "sequence_order": np.int64,
     "row_ids": np.int64,
     "row_starts": np.int64,
+    "content": np.uint8,
 }
 
 
@@ -80,7 +84,10 @@ def decode_windows(batch: pa.Table) -> Iterator[pa.Table]:
 
 
 def _row(header: dict, window: PackedWindow | None) -> pa.Table:
-    columns = [_cell(getattr(window, name, np.empty(0))) for name in _ARRAYS]
+    if window is not None:
+        header = header | {"report": window.report}
+    arrays = [getattr(window, name, None) for name in _ARRAYS]
+    columns = [_cell(np.empty(0) if array is None else array) for array in arrays]
     return pa.table([pa.array([json.dumps(header)]), *columns], ["header", *_ARRAYS])
 
 
@@ -104,23 +111,30 @@ def _unpack(table: pa.Table, expected: WindowTask) -> PackedWindow:
         name: np.frombuffer(table[name][0].as_buffer(), dtype) for name, dtype in _ARRAYS.items()
     }
     arrays["sequences"] = arrays["sequences"].reshape(-1, expected.sequence_length + 1)
-    return PackedWindow(**arrays)
+    content = arrays.pop("content")
+    if expected.media is not None:
+        layout = layout_of(expected.media)
+        arrays["content"] = content.reshape(-1, layout.places, layout.place_bytes)
+    rows, faults, truncated = header["report"]
+    report = WindowReport(rows, tuple(Fault(*fault) for fault in faults), truncated)
+    return PackedWindow(**arrays, report=report)
 
 
 def _windows(run_data: RunData, start: int, stop: int, rank: int, world: int) -> Iterator[pa.Table]:
     """A table of one row a window, in the order of the plan."""
 
     def list_tasks(_: pa.Table) -> Iterator[pa.Table]:
-        batch = []
+        batch, cost = [], 0.0
         for key in run_data.plan.windows(start, stop, rank, world):
             batch.append(run_data.task(key))
-            if len(batch) == windows_per_task:
+            cost += batch[-1].cost
+            if cost >= TASK_COST or len(batch) == windows_per_task:
                 yield pa.table({"tasks": [pickle.dumps(batch)]})
-                batch = []
+                batch, cost = [], 0.0
         if batch:
             yield pa.table({"tasks": [pickle.dumps(batch)]})
 
-    windows_per_task = _windows_per_task(run_data)
+    windows_per_task = WINDOWS_PER_TASK
     node = ray.get_runtime_context().get_node_id()
     options = {
         "batch_size": None,
@@ -160,9 +174,3 @@ def _silence_ray_data() -> None:
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     for message in ("`ray_remote_args` is deprecated", "The maximum number of concurrent tasks"):
         warnings.filterwarnings("ignore", message)
-
-
-def _windows_per_task(run_data: RunData) -> int:
-    symbols = sum(manifest.symbols for manifest in run_data.manifests.values())
-    windows = sum(map(len, run_data.windows.values()))
-    return max(1, min(WINDOWS_PER_TASK, TASK_SYMBOLS * windows // symbols))

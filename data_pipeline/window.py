@@ -49,10 +49,10 @@ class WindowTask:
         """
         if self.media is None:
             rows, digest = read_segments(self.shards, self.columns, self.segments)
-            return pack_window(rows, self.batch_size, self.sequence_length, self.shuffle_key), digest
-        rows, digest = read_media_segments(
-            self.shards, self.modality, self.columns, self.segments
-        )
+            return pack_window(
+                rows, self.batch_size, self.sequence_length, self.shuffle_key
+            ), digest
+        rows, digest = read_media_segments(self.shards, self.modality, self.columns, self.segments)
         layout = layout_of(self.media)
         places = list(_places(self.shards, self.segments))
         window = pack_media_window(

@@ -1,6 +1,5 @@
 """One worker of a run: builds the model, wires data to the loop, keeps journal and checkpoints."""
 
-import hashlib
 import json
 import math
 import os
@@ -8,6 +7,7 @@ import platform
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,11 @@ from arbitor.modality import BYTE_MODALITIES
 from arbitor.optimizer import TernaryOptimizer
 from arbitor.settings import build
 from arbitor.trainer import StepReport, evaluate, train
+from data_pipeline.bad_rows import BadRows
 from data_pipeline.manifest import manifests_from_json
 from data_pipeline.pack import PackedSlot
 from data_pipeline.run_data import RunData, held_out_slots
+from data_pipeline.states import StateTable
 from data_pipeline.stream import stream_slots
 from ray_jobs.config import RunConfig
 from ray_jobs.journal import Journal
@@ -53,7 +55,8 @@ def run_worker(values: dict[str, Any]) -> None:
     data = open_run_data(config)
     checkpoint = newest_checkpoint(config.folder / CHECKPOINTS)
     start = read_manifest(checkpoint).step if checkpoint else 0
-    slots = begin(stream_slots(data, start, config.steps, rank, world))
+    bad_rows = BadRows(config.folder, rank, data)
+    slots = begin(bad_rows.watch(stream_slots(data, start, config.steps, rank, world)))
     if config.log_slots:
         slots = log_slots(slots, config.folder / f"slots-{rank}.jsonl")
     model = ARBModel(config.model, config.seed)
@@ -68,7 +71,7 @@ def run_worker(values: dict[str, Any]) -> None:
         seed=config.seed,
         all_reduce=torch.distributed.all_reduce if world > 1 else None,
     )
-    recorder = Recorder(config, data, model) if rank == 0 else None
+    recorder = Recorder(config, data, model, bad_rows) if rank == 0 else None
     train(model, optimizer, by_step(slots, device), recorder or ignore)
     if recorder:
         recorder.close()
@@ -77,7 +80,8 @@ def run_worker(values: dict[str, Any]) -> None:
 def open_run_data(config: RunConfig) -> RunData:
     """The run's data as its index, which the driver left in the run folder, describes it."""
     manifests = manifests_from_json((config.folder / DATA_MANIFEST).read_text())
-    return RunData(config.data, manifests, config.seed)
+    data = RunData(config.data, manifests, config.seed)
+    return replace(data, states=StateTable(config.folder, data.plan.fingerprint).load())
 
 
 def set_conditions(config: RunConfig) -> None:
@@ -106,7 +110,7 @@ def conditions(config: RunConfig) -> dict[str, Any]:
 def restore(model: ARBModel, checkpoint: Path, config: RunConfig, data: RunData) -> None:
     """Loads a checkpoint if data, plan and conditions are those that it was made with."""
     manifest, tensors = load_checkpoint(checkpoint)
-    if manifest.plan_fingerprint != data.fingerprint:
+    if manifest.plan_fingerprint != data.fingerprint and not config.resume.allow_changed_data:
         raise RuntimeError(f"{checkpoint}: was made with other data or another plan; cannot go on")
     now = conditions(config)
     changed = [f"{k} {old} -> {now[k]}" for k, old in manifest.conditions.items() if now[k] != old]
@@ -132,7 +136,7 @@ def log_slots(slots: Iterator[PackedSlot], path: Path) -> Iterator[PackedSlot]:
                 "slot": slot.slot,
                 "source": slot.source,
                 "row_ids": slot.row_ids.tolist(),
-                "sha256": hashlib.sha256(slot.symbols.tobytes()).hexdigest(),
+                "sha256": slot.sha256,
             }
             file.write(json.dumps(entry) + "\n")
             file.flush()
@@ -154,6 +158,7 @@ def to_batch(slot: PackedSlot, device: torch.device) -> SlotBatch:
         slot=slot.slot,
         source=slot.source,
         modality=slot.modality,
+        content=slot.content,
         device=device,
     )
 
@@ -165,8 +170,9 @@ def ignore(report: StepReport) -> None:
 class Recorder:
     """Worker 0's account of the run: journal, validation and checkpoints at their intervals."""
 
-    def __init__(self, config: RunConfig, data: RunData, model: ARBModel):
-        self.config, self.data, self.model = config, data, model
+    def __init__(self, config: RunConfig, data: RunData, model: ARBModel, bad_rows: BadRows):
+        self.config, self.data, self.model, self.bad_rows = config, data, model, bad_rows
+        self.states = StateTable(config.folder, data.plan.fingerprint)
         self.journal = Journal(config.folder)
         device = next(model.buffers()).device
         self.held_out = {
@@ -181,6 +187,7 @@ class Recorder:
         if self._due(done, self.config.eval_interval):
             metrics |= self.validation_metrics()
         self.journal.append(done, metrics)
+        self.states.add(self.data.plan, done)
         if self.config.save and self._due(done, self.config.save_interval):
             self.save(done)
 
@@ -198,11 +205,19 @@ class Recorder:
         return {
             "loss/total": math.fsum(all_losses) / len(all_losses),
             **{f"loss/{source}": math.fsum(v) / len(v) for source, v in losses.items()},
+            **self.data_metrics(),
             "throughput/positions_per_s": positions / report.seconds,
             "throughput/data_wait_pct": 100 * report.data_wait_seconds / report.seconds,
             "ternary/flip_rate": report.update.flip_rate,
             "ternary/zero_fraction": report.update.zero_fraction,
             "ternary/clipped_fraction": report.update.clipped_fraction,
+        }
+
+    def data_metrics(self) -> dict[str, float]:
+        """Bad rows by source as all workers know of them now, cut captions as this one does."""
+        counts, cut = self.bad_rows.counts(), self.bad_rows.truncated
+        return {f"data/bad_rows/{source}": count for source, count in counts.items()} | {
+            f"data/truncated_captions/{source}": count for source, count in cut.items() if count
         }
 
     def validation_metrics(self) -> dict[str, float]:

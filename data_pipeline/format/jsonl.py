@@ -40,7 +40,9 @@ class JsonlShard:
 
     def read(self, group: Group) -> list[bytes]:
         lines = read_range(self._place, group).split(b"\n")
-        return cut_long([self._text(group, i, line) for i, line in enumerate(lines) if line.strip()])
+        return cut_long(
+            [self._text(group, i, line) for i, line in enumerate(lines) if line.strip()]
+        )
 
     def media_groups(self) -> Iterator[MediaGroup]:
         for group in self.groups():

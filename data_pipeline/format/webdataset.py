@@ -136,4 +136,5 @@ def _describe(header: tarfile.TarInfo) -> str:
 
 
 def _join(digests: list[str]) -> str:
-    return hashlib.blake2b("\n".join(digests).encode("utf-8", "replace"), digest_size=16).hexdigest()
+    text = "\n".join(digests).encode("utf-8", "replace")
+    return hashlib.blake2b(text, digest_size=16).hexdigest()

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from arbitor.errors import UserError
-from data_pipeline.decode import text as text_decode
+from data_pipeline.format import jsonl, plain_text
 from data_pipeline.index import index_sources
 from data_pipeline.manifest import manifests_from_json, manifests_to_json
 from data_pipeline.read import read_segments
@@ -18,18 +18,20 @@ from tests.data_pipeline.shards import numbered_rows, write_jsonl, write_parquet
 @pytest.fixture(autouse=True)
 def small_groups(monkeypatch):
     """Files of a few kilobytes then have several groups."""
-    monkeypatch.setattr(text_decode, "GROUP_BYTES", 3000)
+    monkeypatch.setattr(jsonl, "GROUP_BYTES", 3000)
+    monkeypatch.setattr(plain_text, "GROUP_BYTES", 3000)
 
 
 def index(path, eval_fraction=0.02, **source):
+    storage = path.parent / "storage"
     config = DataConfig({"s": SourceConfig(path=str(path), **source)}, eval_fraction=eval_fraction)
     config.validate()
-    return index_sources(config, path)["s"]
+    return index_sources(config, storage)["s"]
 
 
 def read(manifest, segments):
     shards = dict(enumerate(manifest.shards))
-    return read_segments(shards, manifest.text_column, segments)[0]
+    return read_segments(shards, manifest.columns, segments)[0]
 
 
 def write(path, rows):
@@ -80,7 +82,7 @@ def test_files_of_a_folder_come_sorted_and_hidden_or_empty_ones_do_not(tmp_path)
 
 
 def test_a_large_group_is_cut_into_segments(tmp_path, monkeypatch):
-    monkeypatch.setattr("data_pipeline.index.SEGMENT_SYMBOLS", 1000)
+    monkeypatch.setattr("data_pipeline.scan.SEGMENT_SYMBOLS", 1000)
     path = tmp_path / "one_group.parquet"
     write_parquet(path, numbered_rows(100), group=100)
     manifest = index(path)
@@ -109,7 +111,7 @@ def test_an_inactive_source_is_not_opened(tmp_path):
     }
     config = DataConfig(sources)
     config.validate()
-    assert list(index_sources(config, tmp_path)) == ["on"]
+    assert list(index_sources(config, tmp_path / "storage")) == ["on"]
 
 
 def mistakes(folder):
@@ -156,8 +158,9 @@ def mistakes(folder):
 def test_every_mistake_is_one_line_that_names_the_culprit(tmp_path):
     for name, (path, source, expected) in mistakes(tmp_path).items():
         place = path if "://" in path else tmp_path / path
+        config = DataConfig({"s": SourceConfig(path=str(place), **source)})
         with pytest.raises(UserError) as caught:
-            index_sources(DataConfig({"s": SourceConfig(path=str(place), **source)}), tmp_path)
+            index_sources(config, tmp_path / "storage")
         message = str(caught.value)
         assert "\n" not in message, name
         for part in expected:
@@ -175,7 +178,16 @@ def test_every_mistake_is_one_line_that_names_the_culprit(tmp_path):
         ({"sources": {}}, "data.sources: at least one source"),
         ({"sources": {"a b": SourceConfig(path="x")}}, "data.sources.a b: a source's name"),
         ({"sources": {"a": SourceConfig("smell", "x")}}, "data.sources.a.modality: unknown"),
-        ({"sources": {"a": SourceConfig("image", "x")}}, "cannot be decoded yet"),
+        (
+            {"sources": {"a": SourceConfig("image", "x")}, "sequence_length": 100},
+            "data.image.sequence_length: 256 does not divide the 400 positions",
+        ),
+        ({"sources": {"a": SourceConfig(path="x", max_epochs=-1)}}, "data.sources.a.max_epochs"),
+        (
+            {"sources": {"a": SourceConfig(path="x", when_exhausted="die")}},
+            "data.sources.a.when_exhausted: expected drop",
+        ),
+        ({"max_bad_fraction": 1.0}, "data.max_bad_fraction: must be from 0"),
         ({"sources": {"a": SourceConfig()}}, "data.sources.a.path: missing"),
         ({"sources": {"a": SourceConfig(path="x", weight=-1.0)}}, "data.sources.a.weight"),
         ({"sources": {"a": SourceConfig(path="x", weight=math.nan)}}, "finite"),

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from arbitor.vocab import END_OF_DOCUMENT, PADDING
-from data_pipeline import read as read_module
+from data_pipeline import files
+from data_pipeline.files import ShardError
 from data_pipeline.pack import num_micro_batches, pack_window, slice_micro_batch
-from data_pipeline.read import ShardError
 from data_pipeline.row_id import row_ids
 from data_pipeline.run_data import held_out_slots, read_slots
 from data_pipeline.schema import SourceConfig
@@ -46,7 +46,7 @@ def test_a_window_unpacks_into_its_rows(shuffle_key):
         assert shuffle_key or found == [row for row in rows if row]
 
         for i in range(count):
-            part, ids = slice_micro_batch(window, i, batch_size)
+            part, ids, _ = slice_micro_batch(window, i, batch_size)
             assert (part == window.sequences[i * batch_size : (i + 1) * batch_size]).all()
             assert ids.tolist() == touched_ids(window, found, i, batch_size, length)
 
@@ -125,7 +125,7 @@ def test_an_io_error_is_retried_and_then_stops_the_run(tmp_path, monkeypatch):
         if len(sleeps) == 2:
             away.rename(path)
 
-    monkeypatch.setattr(read_module.time, "sleep", come_back)
+    monkeypatch.setattr(files.time, "sleep", come_back)
     assert (next(read_slots(data, 0, 1, 0, 1)).symbols == first.symbols).all()
     path.unlink()
     with pytest.raises(ShardError, match="rows.parquet: cannot be read .* tried 4 times"):

@@ -104,12 +104,13 @@ def test_within_one_slot_with_many_slots_and_adversarial_schedules():
 
 
 def assert_within_one_slot(mixture, num_slots):
-    counts, due = [0] * mixture.num_sources, [0] * mixture.num_sources
+    counts, due, shares = [0] * mixture.num_sources, [0] * mixture.num_sources, None
     columns = dict(zip(mixture.starts.tolist(), mixture.millionths.T.tolist(), strict=True))
     for slot, chosen in enumerate(mixture.serve(0, num_slots, counts)):
         counts[chosen] += 1
         if slot % mixture.slots_per_step == 0:
-            shares = columns.get(slot // mixture.slots_per_step, shares if slot else None)
+            step = slot // mixture.slots_per_step
+            shares = columns.get(step, shares)
         for i, share in enumerate(shares):
             due[i] += share
             assert abs(due[i] - counts[i] * MILLION) < MILLION, (slot, i)

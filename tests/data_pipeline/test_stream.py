@@ -6,8 +6,8 @@ import pickle
 import pytest
 
 from data_pipeline import stream
+from data_pipeline.files import ShardError
 from data_pipeline.plan import WindowKey
-from data_pipeline.read import ShardError
 from data_pipeline.run_data import read_slots
 from data_pipeline.schema import SourceConfig
 from data_pipeline.stream import StreamError, stream_slots

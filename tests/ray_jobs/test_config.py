@@ -99,7 +99,7 @@ def test_the_classic_flags_of_the_light_text_run():
         (["--text-weight", "0", "--code-weight", "0"], "data.sources: .* weight above 0"),
         (
             ["--image-weight", "0.1"],
-            "data.sources.image.modality: image rows cannot be decoded yet",
+            "model: no encoder for image yet; set data.sources.image.weight=0",
         ),
         (["scaling.num_workers=5"], "5 workers cannot share 4 slots a step"),
         (["data.slots_per_step=1000"], "data.slots_per_step: expected at most 516 .* got 1000"),

@@ -122,7 +122,7 @@ def test_every_slot_is_computed_once_and_its_rows_are_the_plans(workers, request
             "slot": slot.slot,
             "source": slot.source,
             "row_ids": slot.row_ids.tolist(),
-            "sha256": hashlib.sha256(slot.symbols.tobytes()).hexdigest(),
+            "sha256": slot.sha256,
         }
         for slot in read_slots(open_run_data(config), 0, STEPS, 0, 1)
     ]
