@@ -31,8 +31,7 @@ class BadRows:
         self._size = -1
         self._counts: dict[str, int] = {}
         self._seen: Counter[str] = Counter()
-        self._bad: Counter[str] = Counter()
-        self._last: dict[str, list[Fault]] = {}
+        self._bad: dict[str, dict[tuple, Fault]] = {}  # by source, by place
         self.truncated: Counter[str] = Counter()
 
     def watch(self, slots: Iterator[PackedSlot]) -> Iterator[PackedSlot]:
@@ -53,19 +52,20 @@ class BadRows:
 
     def _take(self, source: str, report: WindowReport) -> None:
         self._seen[source] += report.rows
-        self._bad[source] += len(report.faults)
         self.truncated[source] += report.truncated
         if not report.faults:
             return
         self._write(source, report.faults)
-        self._last[source] = [*report.faults, *self._last.get(source, [])][:LISTED]
-        rows = self._run_data.manifests[source].rows
+        bad = self._bad.setdefault(source, {})
+        bad.update((fault[:2], fault) for fault in report.faults)
+        rows = min(self._run_data.manifests[source].rows, max(self._seen[source], MIN_ROWS))
         allowed = self._run_data.config.max_bad_fraction
-        if self._bad[source] > allowed * max(self._seen[source], min(rows, MIN_ROWS)):
-            found = "; ".join(f"{f.shard} row {f.row}: {f.reason}" for f in self._last[source])
+        if len(bad) > allowed * rows:
+            last = list(bad.values())[-LISTED:]
+            found = "; ".join(f"{fault.shard} row {fault.row}: {fault.reason}" for fault in last)
             raise BadDataError(
-                f"data.sources.{source}: {self._bad[source]} of {self._seen[source]} rows cannot be"
-                f" decoded, above data.max_bad_fraction={allowed}: {found}; all of them stand in"
+                f"data.sources.{source}: {len(bad)} of about {rows} rows cannot be decoded, above"
+                f" data.max_bad_fraction={allowed}: {found}; all of them stand in"
                 f" {self._folder / PATTERN}"
             )
 

@@ -37,7 +37,7 @@ class FoundFile(NamedTuple):
 
 
 def find_files(key: str, place: str) -> list[FoundFile]:
-    """The files that a file, a folder (recursively) or a glob means, sorted by place.
+    """The files that a file, a folder (recursively) or a glob means, sorted by path.
 
     Hidden files, and empty ones among others, are left out. Raises UserError naming the
     configuration key `key` where nothing is left.
@@ -59,7 +59,7 @@ def find_files(key: str, place: str) -> list[FoundFile]:
         raise UserError(f"{key}: {place} cannot be listed ({_line(error)}); mend it") from error
     found = [
         _found(place, info)
-        for info in infos
+        for info in sorted(infos, key=lambda info: info.path)
         if info.type == fs.FileType.File
         and info.size
         and not _is_hidden(info.path[len(folder) :])
@@ -70,7 +70,7 @@ def find_files(key: str, place: str) -> list[FoundFile]:
         if pattern is not None:
             problem = f"no file matches {place}; mend the pattern"
         raise UserError(f"{key}: {problem}")
-    return sorted(found)
+    return found
 
 
 def open_file(place: str) -> "PatientFile":

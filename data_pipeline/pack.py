@@ -100,6 +100,7 @@ def pack_window(
     Rows are permuted, then, once packed, the sequences; both as `shuffle_key` says, None for not
     at all. Rows of no bytes are left out.
     """
+    report = WindowReport(len(rows))
     rows = [row for row in rows if row]
     row_order = _order(len(rows), shuffle_key, "rows")
     rows = [rows[i] for i in row_order]
@@ -118,7 +119,7 @@ def pack_window(
     sequences = np.full((padded, sequence_length + 1), PADDING, np.uint16)
     overlapping = np.lib.stride_tricks.sliding_window_view(stream, sequence_length + 1)
     sequences[:num_sequences] = overlapping[::sequence_length][order]
-    return PackedWindow(sequences, order, row_ids(rows), row_starts)
+    return PackedWindow(sequences, order, row_ids(rows), row_starts, None, report)
 
 
 def pack_media_window(

@@ -4,6 +4,7 @@ import json
 import pickle
 
 import pytest
+import ray
 
 from data_pipeline import stream
 from data_pipeline.files import ShardError
@@ -11,6 +12,7 @@ from data_pipeline.plan import WindowKey
 from data_pipeline.run_data import read_slots
 from data_pipeline.schema import SourceConfig
 from data_pipeline.stream import StreamError, stream_slots
+from tests.data_pipeline.media_shards import SHAPE, five_sources, media_rows, write_media_parquet
 from tests.data_pipeline.shards import (
     numbered_rows,
     row_numbers,
@@ -45,7 +47,7 @@ def assert_same_slots(found, expected):
         assert one.modality == other.modality
         assert one.row_ids.tolist() == other.row_ids.tolist()
         assert one.symbols.dtype == other.symbols.dtype
-        assert (one.symbols == other.symbols).all(), (one.step, one.slot)
+        assert one.sha256 == other.sha256, (one.step, one.slot)
 
 
 @pytest.mark.parametrize(("rank", "world"), [(0, 1), (0, 2), (1, 2)])
@@ -56,6 +58,63 @@ def test_streamed_slots_are_those_of_the_plan(data, rank, world):
     assert {slot.source for slot in streamed} == {"text", "code"}
     seen = {n for slot in streamed if slot.source == "text" for n in row_numbers(slot.symbols)}
     assert len(seen) > 40 and max(seen) < 294, "held-out rows are the last six"
+
+
+@pytest.fixture
+def five(tmp_path, monkeypatch):
+    """Five sources; some images cannot be decoded."""
+    monkeypatch.setattr("data_pipeline.run_data.WINDOW_SYMBOLS", 2000)
+    sources = five_sources(tmp_path)
+    rows = media_rows("image", 16, 100)
+    bad = [(b"" if n % 3 == 0 else content, text) for n, (content, text) in enumerate(rows)]
+    write_media_parquet(tmp_path / "images" / "with bad \N{SNOWMAN} rows.parquet", bad, "image")
+    return run_data(tmp_path, sources, seed=3, **SHAPE)
+
+
+@pytest.mark.parametrize(("rank", "world"), [(0, 1), (1, 2)])
+def test_five_sources_come_as_read_in_this_process(five, rank, world):
+    streamed = list(stream_slots(five, 0, 40, rank, world))
+    expected = list(read_slots(five, 0, 40, rank, world))
+    assert_same_slots(streamed, expected)
+    assert [slot.opened for slot in streamed] == [slot.opened for slot in expected]
+    assert {slot.source for slot in streamed} == set(five.manifests)
+    assert any(slot.opened.faults for slot in streamed if slot.opened)
+
+
+def test_two_workers_that_hold_every_cpu_see_the_plan_together(five):
+    """Each streams inside its own process, as train functions do; together they log the plan."""
+
+    def consume(data, rank):
+        from data_pipeline.stream import stream_slots
+
+        return [(s.step, s.slot, s.sha256) for s in stream_slots(data, 0, 25, rank, 2)]
+
+    expected = [(slot.step, slot.slot, slot.sha256) for slot in read_slots(five, 0, 25, 0, 1)]
+    worker = ray.remote(num_cpus=1)(consume)
+    logs = ray.get([worker.remote(five, rank) for rank in (0, 1)], timeout=120)
+    assert sorted(logs[0] + logs[1]) == expected
+    assert len(logs[0]) == len(logs[1]) == 50
+
+
+def test_swapped_windows_of_images_are_refused(five, monkeypatch):
+    monkeypatch.setattr(stream, "WINDOWS_PER_TASK", 2)
+    monkeypatch.setattr(stream, "decode_windows", reversed_tasks())
+    with pytest.raises(StreamError, match="the stream brought .* was expected"):
+        list(stream_slots(five, 0, 40, 0, 1))
+
+
+def test_a_flaky_file_system_gives_the_same_slots(five, monkeypatch):
+    """Every third read fails, and every fourth comes short, in the tasks' own processes."""
+
+    def decode(batch):
+        from data_pipeline.stream import decode_windows
+        from tests.data_pipeline.flaky import flaky_files
+
+        with flaky_files():
+            yield from decode_windows(batch)
+
+    monkeypatch.setattr(stream, "decode_windows", decode)
+    assert_same_slots(stream_slots(five, 0, 20, 0, 1), read_slots(five, 0, 20, 0, 1))
 
 
 def test_a_restart_in_the_middle_goes_on_alike(data):
