@@ -27,6 +27,7 @@ BLOCK_STEPS = 256  # steps worked out at once
 TABLE_BLOCKS = 4  # between two states that are kept
 CACHED_BLOCKS = 8
 CACHED_WINDOWS = 1 << 20  # windows of cached epoch orders, per source
+CACHED_EPOCHS = 1024
 
 
 @dataclass(frozen=True)
@@ -288,7 +289,8 @@ class SourceLanes:
     def order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch's windows in order, and the micro-batches before each of them."""
         if epoch not in self._orders:
-            if len(self._orders) > max(4, CACHED_WINDOWS // len(self._sizes)):
+            most = min(CACHED_EPOCHS, CACHED_WINDOWS // len(self._sizes))
+            if len(self._orders) > max(4, most):
                 self._orders.clear()
             order = keyed_permutation(len(self._sizes), *self._key, "windows", epoch)
             self._orders[epoch] = (order, np.cumsum(self._sizes[order]) - self._sizes[order])

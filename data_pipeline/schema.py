@@ -62,6 +62,9 @@ class DataConfig:
     eval_fraction: float = 0.02  # of each source's rows, the last ones; never trained on
     eval_slots: int = 64  # held-out slots per source at most
     max_bad_fraction: float = 0.01  # of a source's rows; with more undecodable ones the run stops
+    # Processes that read and decode for one worker. Ray counts no CPUs for them, because trainers
+    # may hold all of those: leave cores over for them.
+    decode_tasks: int = 2
     image: ImageConfig = field(default_factory=ImageConfig)
     audio: AudioConfig = field(default_factory=AudioConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
@@ -88,7 +91,13 @@ class DataConfig:
 
     def validate(self) -> None:
         """Raises UserError, naming the key, on the first value that no run could use."""
-        for key in ("batch_size", "sequence_length", "slots_per_step", "eval_slots"):
+        for key in (
+            "batch_size",
+            "sequence_length",
+            "slots_per_step",
+            "eval_slots",
+            "decode_tasks",
+        ):
             if getattr(self, key) < 1:
                 raise UserError(f"data.{key}: must be at least 1, not {getattr(self, key)}")
         if not 0 <= self.eval_fraction < 1:

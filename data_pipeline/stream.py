@@ -29,7 +29,6 @@ from data_pipeline.plan import WindowKey
 from data_pipeline.run_data import RunData, slots_from
 from data_pipeline.window import WindowTask
 
-PARALLEL_TASKS = 2  # a rank; they take no logical CPUs, so they must fit beside the trainer
 TASK_COST = 1.0  # windows of a task together: over 100 ms, against Ray Data's 10 ms a task
 WINDOWS_PER_TASK = 16  # at most
 OBJECT_STORE_BYTES = 1 << 30  # how far the tasks may run ahead, a rank
@@ -134,7 +133,7 @@ def _windows(run_data: RunData, start: int, stop: int, rank: int, world: int) ->
         if batch:
             yield pa.table({"tasks": [pickle.dumps(batch)]})
 
-    windows_per_task = WINDOWS_PER_TASK
+    windows_per_task, decode_tasks = WINDOWS_PER_TASK, run_data.config.decode_tasks
     node = ray.get_runtime_context().get_node_id()
     options = {
         "batch_size": None,
@@ -148,10 +147,10 @@ def _windows(run_data: RunData, start: int, stop: int, rank: int, world: int) ->
         dataset = (
             ray.data.from_items([{"start": start}], override_num_blocks=1)
             .map_batches(list_tasks, compute=TaskPoolStrategy(size=1), **options)
-            .map_batches(decode_windows, compute=TaskPoolStrategy(size=PARALLEL_TASKS), **options)
+            .map_batches(decode_windows, compute=TaskPoolStrategy(size=decode_tasks), **options)
         )
     batches = dataset.iterator().iter_batches(
-        batch_size=None, batch_format="pyarrow", prefetch_batches=2 * PARALLEL_TASKS
+        batch_size=None, batch_format="pyarrow", prefetch_batches=2 * decode_tasks
     )
     return iter(batches)
 

@@ -33,6 +33,7 @@ DATA_CHANGES = "data-changes.jsonl"  # written where a run went on with other da
 # A run that goes on may change these keys and sections; everything else decides its bits.
 _MAY_CHANGE = ("steps", "log_interval", "eval_interval", "save_interval", "save", "log_slots")
 _MAY_CHANGE += ("storage", "tracking", "scaling.num_workers", "resume")
+_MAY_CHANGE += ("data.decode_tasks", "data.max_bad_fraction")
 
 
 def main(job: str, about: str, defaults: Mapping[str, Any]) -> None:

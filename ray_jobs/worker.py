@@ -174,9 +174,10 @@ class Recorder:
         self.config, self.data, self.model, self.bad_rows = config, data, model, bad_rows
         self.states = StateTable(config.folder, data.plan.fingerprint)
         self.journal = Journal(config.folder)
-        device = next(model.buffers()).device
-        self.held_out = {
-            source: [to_batch(slot, device) for slot in held_out_slots(data, source)]
+        # Read while the first steps run: held-out images and videos take seconds to decode.
+        self._reader = ThreadPoolExecutor(1)
+        self._held_out = {
+            source: self._reader.submit(held_out_slots, data, source)
             for source in data.manifests
             if config.eval_interval > 0
         }
@@ -223,9 +224,10 @@ class Recorder:
     def validation_metrics(self) -> dict[str, float]:
         """Mean loss over each source's fixed held-out slots."""
         metrics = {}
-        for source, batches in self.held_out.items():
-            if batches:
-                loss = evaluate(self.model, batches)
+        device = next(self.model.buffers()).device
+        for source, slots in self._held_out.items():
+            if slots.result():
+                loss = evaluate(self.model, (to_batch(slot, device) for slot in slots.result()))
                 metrics[f"validation/{source}"] = loss
                 if self.config.data.sources[source].modality in BYTE_MODALITIES:
                     metrics[f"bits_per_byte/{source}"] = loss / math.log(2)
@@ -242,4 +244,5 @@ class Recorder:
         )
 
     def close(self) -> None:
+        self._reader.shutdown(wait=False, cancel_futures=True)
         self.journal.close()

@@ -139,8 +139,9 @@ class ParquetShard:
         if pa.types.is_struct(kind):
             fields = {field.name: field.type for field in kind}
             good = bool(fields.keys() & {"bytes", "path"})
-            good &= _is_binary(fields.get("bytes", pa.binary()))
-            good &= _is_string(fields.get("path", pa.string()))
+            kinds = (fields.get("bytes", pa.binary()), fields.get("path", pa.string()))
+            good &= _is_binary(kinds[0]) or pa.types.is_null(kinds[0])
+            good &= _is_string(kinds[1]) or pa.types.is_null(kinds[1])
         if not good:
             raise UserError(
                 f"{self._place}: column {name!r} has type {kind}, expected {expected}; "
