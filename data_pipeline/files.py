@@ -44,7 +44,7 @@ def find_files(key: str, place: str) -> list[FoundFile]:
     """
     try:
         filesystem, path = _resolve(place)
-        info = filesystem.get_file_info(path)
+        info = retried(place, lambda: filesystem.get_file_info(path))
         if info.type == fs.FileType.File:
             if not info.size:
                 raise UserError(f"{key}: the file {place} is empty; give one with rows")
@@ -54,8 +54,8 @@ def find_files(key: str, place: str) -> list[FoundFile]:
             raise UserError(f"{key}: {place} does not exist; give a file, a folder or a glob")
         folder = _fixed_folder(path) if pattern else path
         selector = fs.FileSelector(folder, recursive=True, allow_not_found=True)
-        infos = filesystem.get_file_info(selector)
-    except (OSError, pa.ArrowException) as error:
+        infos = retried(place, lambda: filesystem.get_file_info(selector))
+    except (ShardError, pa.ArrowException) as error:
         raise UserError(f"{key}: {place} cannot be listed ({_line(error)}); mend it") from error
     found = [
         _found(place, info)
@@ -96,7 +96,7 @@ class PatientFile(io.RawIOBase):
 
     def __init__(self, place: str):
         self._place, self._position, self._file = place, 0, None
-        self._size = self._retried(lambda: self._opened().size())
+        self._size = retried(place, lambda: self._opened().size())
 
     def readable(self) -> bool:
         return True
@@ -115,7 +115,7 @@ class PatientFile(io.RawIOBase):
     def read(self, size: int = -1) -> bytes:
         left = max(0, self._size - self._position)
         size = left if size is None or size < 0 else min(size, left)
-        data = self._retried(lambda: self._read_at(self._position, size)) if size else b""
+        data = retried(self._place, lambda: self._read_at(size)) if size else b""
         self._position += len(data)
         return data
 
@@ -130,30 +130,33 @@ class PatientFile(io.RawIOBase):
         super().close()
 
     def _opened(self) -> pa.NativeFile:
+        """Opened again after a fault."""
         if self._file is None:
             self._file = _open(self._place)
         return self._file
 
-    def _read_at(self, position: int, size: int) -> bytes:
-        data = self._opened().read_at(size, position)
+    def _read_at(self, size: int) -> bytes:
+        file, self._file = self._opened(), None
+        data = file.read_at(size, self._position)
+        self._file = file
         if len(data) != size:
-            raise OSError(f"ends at byte {position + len(data)}, expected {self._size}")
+            raise OSError(f"ends at byte {self._position + len(data)}, expected {self._size}")
         return data
 
-    def _retried(self, action: Callable[[], T]) -> T:
-        for pause in (*RETRY_AFTER_S, None):
-            try:
-                return action()
-            except OSError as error:
-                self._file = None
-                if pause is None:
-                    tried = f"tried {len(RETRY_AFTER_S) + 1} times"
-                    raise ShardError(
-                        f"{self._place}: cannot be read ({_line(error)}), {tried}; restore it and"
-                        " start again"
-                    ) from error
-            time.sleep(pause)
-        raise AssertionError("unreachable")
+
+def retried(place: str, action: Callable[[], T]) -> T:
+    """What `action` returns, tried again after each OSError. Raises ShardError in the end."""
+    for pause in (*RETRY_AFTER_S, None):
+        try:
+            return action()
+        except OSError as error:
+            if pause is None:
+                tried = f"tried {len(RETRY_AFTER_S) + 1} times"
+                raise ShardError(
+                    f"{place}: cannot be read ({_line(error)}), {tried}; restore it and start again"
+                ) from error
+        time.sleep(pause)
+    raise AssertionError("unreachable")
 
 
 def _open(place: str) -> pa.NativeFile:

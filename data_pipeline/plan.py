@@ -68,6 +68,10 @@ class WindowKey(NamedTuple):
     window: int
 
 
+States = Mapping[int, Sequence[Sequence[int]]]  # by step: slots served by source and lane
+Held = dict[tuple[str, int], WindowKey]  # the window of each (source, lane)
+
+
 class Plan:
     """The slots of every step of a run, for every rank. `sources` are the active ones.
 
@@ -79,7 +83,7 @@ class Plan:
         sources: Sequence[PlannedSource],
         slots_per_step: int,
         seed: int,
-        states: Mapping[int, Sequence[Sequence[int]]] | None = None,
+        states: States | None = None,
     ):
         self.sources = tuple(sources)
         self.slots_per_step = slots_per_step
@@ -93,6 +97,14 @@ class Plan:
             assert step % BLOCK_STEPS == 0, f"a state of step {step}"
             self._served[step // BLOCK_STEPS] = np.array(served, np.int64)
         self._blocks: dict[int, _Block] = {}
+
+    def __reduce__(self) -> tuple:
+        """Without its caches, which another thread may be changing."""
+        return Plan, (self.sources, self.slots_per_step, self.seed)
+
+    def with_states(self, states: States) -> "Plan":
+        """The same plan for another thread or process, near to the steps of `states`."""
+        return Plan(self.sources, self.slots_per_step, self.seed, states)
 
     @property
     def end(self) -> int:
@@ -140,9 +152,14 @@ class Plan:
                     slot = rank + lane * world
                     yield SlotPlan(first + row, slot, names[source], epoch, window, micro_batch)
 
-    def windows(self, start: int, stop: int, rank: int, world: int) -> Iterator[WindowKey]:
-        """The windows that `walk` opens, in order: one whenever a lane goes on to another."""
-        held: dict[tuple[str, int], WindowKey] = {}
+    def windows(
+        self, start: int, stop: int, rank: int, world: int, held: Held | None = None
+    ) -> Iterator[WindowKey]:
+        """The windows that `walk` opens, in order: one whenever a lane goes on to another.
+
+        `held` are those open before, and is kept up to date.
+        """
+        held = {} if held is None else held
         for slot in self.walk(start, stop, rank, world):
             key = WindowKey(slot.source, slot.slot, slot.epoch, slot.window)
             if held.get(key[:2]) != key:
@@ -273,8 +290,7 @@ class SourceLanes:
 
     def locate(self, lane: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, ...]:
         """(epoch, window, micro_batch) of the slot that `lane` serves after `count` others."""
-        turn = np.minimum(count // self.lengths[lane], self._full_rounds)
-        offset = count - turn * self.lengths[lane]
+        turn, offset = np.divmod(count, self.lengths[lane])
         starts = np.where(turn == self._full_rounds, self._last_starts[lane], self.starts[lane])
         epoch, index = np.divmod(starts + offset, self.micro_batches)
         epoch = epoch + turn * self.epochs_per_round

@@ -26,7 +26,7 @@ from data_pipeline.pack import (
     num_micro_batches,
     slice_micro_batch,
 )
-from data_pipeline.plan import Plan, PlannedSource, WindowKey
+from data_pipeline.plan import Plan, PlannedSource, States, WindowKey
 from data_pipeline.schema import DataConfig
 from data_pipeline.window import WindowTask
 
@@ -48,7 +48,7 @@ class RunData:
     config: DataConfig
     manifests: Mapping[str, SourceManifest]
     seed: int
-    states: Mapping[int, Sequence[Sequence[int]]] = field(default_factory=dict)
+    states: States = field(default_factory=dict)
 
     @cached_property
     def windows(self) -> dict[str, Windows]:

@@ -15,6 +15,9 @@ import logging
 import pickle
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -25,13 +28,17 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from data_pipeline.files import ShardError
 from data_pipeline.layout import layout_of
 from data_pipeline.pack import Fault, PackedSlot, PackedWindow, WindowReport
-from data_pipeline.plan import WindowKey
+from data_pipeline.plan import Held, Plan, WindowKey
 from data_pipeline.run_data import RunData, slots_from
 from data_pipeline.window import WindowTask
 
 TASK_COST = 1.0  # windows of a task together: over 100 ms, against Ray Data's 10 ms a task
 WINDOWS_PER_TASK = 16  # at most
 OBJECT_STORE_BYTES = 1 << 30  # how far the tasks may run ahead, a rank
+SEGMENT_WINDOWS = 4096  # of one execution of Ray Data
+FIRST_SEGMENT_WINDOWS = 256  # counted before the first window comes
+SEGMENT_STEPS = 16  # a segment has a multiple of these
+SEGMENT_LEAD = 32  # windows of a segment that are left when the next one starts
 
 _ARRAYS = {
     "sequences": np.uint16,
@@ -120,11 +127,72 @@ def _unpack(table: pa.Table, expected: WindowTask) -> PackedWindow:
 
 
 def _windows(run_data: RunData, start: int, stop: int, rank: int, world: int) -> Iterator[pa.Table]:
-    """A table of one row a window, in the order of the plan."""
+    """A table of one row a window, in the order of the plan.
 
+    Segment by segment, because an executor of Ray Data keeps some kB of every window for its life;
+    the next one starts before the last windows of a segment are used.
+    """
+    segments = _segments(run_data.plan.with_states(run_data.states), start, stop, rank, world)
+    streams: list[Iterator[pa.Table]] = []
+
+    def open_next() -> tuple[int, Iterator[pa.Table]] | None:
+        segment = next(segments, None)
+        if segment is None:
+            return None
+        streams.append(_stream_segment(run_data, segment, rank, world))
+        first = next(streams[-1], None)  # starts it
+        return segment.windows, chain([] if first is None else [first], streams[-1])
+
+    pool, following = ThreadPoolExecutor(1), None
+    try:
+        opened = open_next()
+        while opened is not None:
+            windows, tables = opened
+            for number, table in enumerate(tables, 1):
+                if following is None and number > windows - SEGMENT_LEAD:
+                    following = pool.submit(open_next)
+                yield table
+            opened = following.result() if following else open_next()
+            following = None
+            streams.pop(0).close()
+    finally:
+        pool.shutdown()
+        for stream in streams:
+            stream.close()
+
+
+class _Segment(NamedTuple):
+    """Steps start .. stop - 1, which open `windows` windows; `held` are open before."""
+
+    start: int
+    stop: int
+    windows: int
+    held: Held
+    states: dict[int, list[list[int]]]  # of the plan, near the start
+
+
+def _segments(plan: Plan, start: int, stop: int, rank: int, world: int) -> Iterator[_Segment]:
+    held: Held = {}
+    size, stop = FIRST_SEGMENT_WINDOWS, min(stop, plan.end)
+    while start < stop:
+        before, first, count = dict(held), start, 0
+        while start < stop and count < size:
+            after = min(stop, start + SEGMENT_STEPS)
+            count += sum(1 for _ in plan.windows(start, after, rank, world, held))
+            start = after
+        if count:
+            yield _Segment(first, start, count, before, dict([plan.state(first)]))
+        size = SEGMENT_WINDOWS
+
+
+def _stream_segment(
+    run_data: RunData, segment: _Segment, rank: int, world: int
+) -> Iterator[pa.Table]:
     def list_tasks(_: pa.Table) -> Iterator[pa.Table]:
         batch, cost = [], 0.0
-        for key in run_data.plan.windows(start, stop, rank, world):
+        span = (segment.start, segment.stop, rank, world)
+        plan = run_data.plan.with_states(segment.states)
+        for key in plan.windows(*span, dict(segment.held)):
             batch.append(run_data.task(key))
             cost += batch[-1].cost
             if cost >= TASK_COST or len(batch) == windows_per_task:
@@ -145,14 +213,14 @@ def _windows(run_data: RunData, start: int, stop: int, rank: int, world: int) ->
     _silence_ray_data()
     with DataContext.current(_context()):
         dataset = (
-            ray.data.from_items([{"start": start}], override_num_blocks=1)
+            ray.data.from_items([{"start": segment.start}], override_num_blocks=1)
             .map_batches(list_tasks, compute=TaskPoolStrategy(size=1), **options)
             .map_batches(decode_windows, compute=TaskPoolStrategy(size=decode_tasks), **options)
         )
     batches = dataset.iterator().iter_batches(
         batch_size=None, batch_format="pyarrow", prefetch_batches=2 * decode_tasks
     )
-    return iter(batches)
+    yield from batches
 
 
 def _context() -> DataContext:

@@ -13,12 +13,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from arbitor.errors import UserError
-from data_pipeline.files import BUFFER_BYTES, beside, open_file, read_file
+from data_pipeline.decode.content import ContentError
+from data_pipeline.files import BUFFER_BYTES, open_file
 from data_pipeline.format.shard import (
     Columns,
     Group,
     MediaGroup,
     MediaRow,
+    content_beside,
     cut_long,
     first_line,
 )
@@ -58,7 +60,7 @@ class JsonlShard:
     def _text(self, group: Group, line_in_group: int, line: bytes) -> bytes:
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             problem = f"not valid JSON ({first_line(error)})"
             raise self._error(group, line_in_group, problem) from error
         name = self._columns.text
@@ -79,31 +81,29 @@ class JsonlShard:
     def _media_row(self, line: bytes) -> MediaRow:
         try:
             row = json.loads(line)
-        except ValueError as error:
+            if not isinstance(row, dict) or self._columns.content not in row:
+                raise ContentError(f"no key {self._columns.content!r}")
+            text = row.get(self._columns.text)
+            if not isinstance(text, str | None):
+                raise ContentError(f"{self._columns.text!r} is {type(text).__name__}")
+            return MediaRow(self._content(row[self._columns.content]), _encoded(text))
+        except ContentError as error:
+            return MediaRow(problem=str(error))
+        except (ValueError, RecursionError) as error:
             return MediaRow(problem=f"not valid JSON ({first_line(error)})")
-        if not isinstance(row, dict) or self._columns.content not in row:
-            return MediaRow(problem=f"no key {self._columns.content!r}")
-        text = row.get(self._columns.text)
-        if not isinstance(text, str | None):
-            problem = f"{self._columns.text!r} is {type(text).__name__}, expected a string"
-            return MediaRow(problem=problem)
-        content = self._content(row[self._columns.content])
-        if isinstance(content, MediaRow):
-            return content
-        return MediaRow(content, _encoded(text))
 
-    def _content(self, value: Any) -> bytes | MediaRow:
+    def _content(self, value: Any) -> bytes:
         if isinstance(value, dict) and value.get("bytes") is not None:
             try:
                 return base64.b64decode(value["bytes"], validate=True)
-            except (binascii.Error, TypeError, ValueError):
-                return MediaRow(problem="bytes are not base64")
+            except (binascii.Error, TypeError, ValueError) as error:
+                raise ContentError("its bytes are not base64") from error
         path = value.get("path") if isinstance(value, dict) else value
         if path is None:
-            return MediaRow(problem=f"{self._columns.content} is null")
+            raise ContentError(f"{self._columns.content} is null")
         if not isinstance(path, str):
-            return MediaRow(problem=f"{self._columns.content} is {type(path).__name__}")
-        return read_file(beside(self._place, path))
+            raise ContentError(f"{self._columns.content} is {type(path).__name__}")
+        return content_beside(self._place, path)
 
 
 def read_range(place: str, group: Group) -> bytes:

@@ -14,12 +14,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from arbitor.errors import UserError
-from data_pipeline.files import beside, open_file, read_file
+from data_pipeline.decode.content import ContentError
+from data_pipeline.files import open_file
 from data_pipeline.format.shard import (
     Columns,
     Group,
     MediaGroup,
     MediaRow,
+    content_beside,
     cut_long,
     first_line,
 )
@@ -81,10 +83,13 @@ class ParquetShard:
             texts = batch.column(self._columns.text).cast(pa.large_binary()).to_pylist()
         rows = []
         for content, path, text in zip(contents, paths, texts, strict=True):
-            if content is None and path is not None:
-                content = read_file(beside(self._place, path))
-            if content is None:
-                rows.append(MediaRow(problem=f"{self._columns.content} is null"))
+            try:
+                if content is None and path is not None:
+                    content = content_beside(self._place, path)
+                if content is None:
+                    raise ContentError(f"{self._columns.content} is null")
+            except ContentError as error:
+                rows.append(MediaRow(problem=str(error)))
             else:
                 rows.append(MediaRow(content, text or b""))
         return rows

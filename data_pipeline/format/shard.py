@@ -8,6 +8,9 @@ range of the others. Rows of text and code are bytes; rows of images, sound and 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
+from data_pipeline.decode.content import ContentError
+from data_pipeline.files import beside, read_file
+
 ROW_BYTES = 4 << 20  # a longer row of text is cut, so that a window of it fits in memory
 
 
@@ -65,6 +68,17 @@ def cut_long(rows: Sequence[bytes]) -> list[bytes]:
     if all(len(row) <= ROW_BYTES for row in rows):
         return list(rows)
     return [row[i : i + ROW_BYTES] for row in rows for i in range(0, max(len(row), 1), ROW_BYTES)]
+
+
+def content_beside(place: str, name: str) -> bytes:
+    """The file that a row of the shard `place` names. Raises ShardError if it cannot be read.
+
+    ContentError for what no file can be called.
+    """
+    try:
+        return read_file(beside(place, name))
+    except ValueError as error:
+        raise ContentError(f"{name!r} is not a path ({first_line(error)})") from error
 
 
 def first_line(error: Exception) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from itertools import groupby
 
 from arbitor.errors import UserError
+from data_pipeline.decode.content import ContentError
 from data_pipeline.files import BUFFER_BYTES, ShardError, open_file
 from data_pipeline.format.jsonl import read_range
 from data_pipeline.format.shard import (
@@ -41,10 +42,11 @@ class WebDatasetShard:
     def read(self, group: Group) -> list[bytes]:
         rows = []
         for members in self._samples(group):
-            text = self._text({ending: data for _, ending, data in members})
-            if isinstance(text, MediaRow):
-                raise UserError(f"{self._place}: {members[0][0]}: {text.problem}; mend it")
-            rows.append(text)
+            try:
+                rows.append(self._text({ending: data for _, ending, data in members}))
+            except ContentError as error:
+                name = members[0][0]
+                raise UserError(f"{self._place}: {name}: {error}; mend it") from error
         return cut_long(rows)
 
     def media_groups(self) -> Iterator[MediaGroup]:
@@ -104,26 +106,27 @@ class WebDatasetShard:
 
     def _media_row(self, members: list[tuple[str, str, bytes]]) -> MediaRow:
         by_ending = {ending: data for _, ending, data in members}
-        text = self._text(by_ending)
-        if isinstance(text, MediaRow):
-            return text
+        try:
+            text = self._text(by_ending)
+        except ContentError as error:
+            return MediaRow(problem=str(error))
         for ending in by_ending:
             if ending in ENDINGS[self._modality]:
                 return MediaRow(by_ending[ending], text)
         found = ", ".join(name for name, _, _ in members)
         return MediaRow(problem=f"no {self._modality} member, found {found}")
 
-    def _text(self, by_ending: dict[str, bytes]) -> bytes | MediaRow:
+    def _text(self, by_ending: dict[str, bytes]) -> bytes:
         if "txt" in by_ending:
             return by_ending["txt"]
         if "json" not in by_ending:
             return b""
         try:
-            values = json.loads(by_ending["json"])
-            text = values.get(self._columns.text)
+            text = json.loads(by_ending["json"]).get(self._columns.text)
             return (text or "").encode("utf-8", "surrogatepass")
-        except (ValueError, AttributeError) as error:
-            return MediaRow(problem=f"its .json is no object with a text ({first_line(error)})")
+        except (ValueError, RecursionError, AttributeError) as error:
+            reason = f"its .json is no object with a text ({first_line(error)})"
+            raise ContentError(reason) from error
 
 
 def _key(name: str) -> str:

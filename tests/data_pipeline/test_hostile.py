@@ -144,10 +144,25 @@ def test_wrong_json_of_images_is_counted(tmp_path):
     lines[3] = json.dumps({"image": 5})
     lines[4] = json.dumps({"image": None})
     lines[5] = json.dumps({"image": lines[6], "text": 5})
+    lines[6] = json.dumps({"image": "a\0b.png"})
+    lines[7] = json.dumps({"image": "https://nowhere/x.png"})
+    lines[8] = "[" * 100_000
     path.write_text("\n".join(lines))
     found, _ = faults_of(path)
-    assert set(found) == set(range(6))
+    assert set(found) == set(range(9))
     assert found[4] == "image is null" and "base64" in found[2]
+
+
+def test_text_from_a_tar(tmp_path):
+    path = tmp_path / "rows.tar"
+    write_tar(path, [(b"", text) for text in numbered_rows(40)], "image")
+    data = run_data(tmp_path, {"text": SourceConfig(path=str(path))}, eval_fraction=0)
+    seen = {n for slot in read_slots(data, 0, 4, 0, 1) for n in row_numbers(slot.symbols)}
+    assert seen == set(range(40))
+    write_tar(path, [(b"", "a text")] * 3, "image")
+    content = path.read_bytes().replace(b'{"text": "a text"}', b'{"text": ["text"]}')
+    path.write_bytes(content)
+    refused(path, "text", "its .json is no object with a text")
 
 
 def test_a_row_of_100_mb_text_is_cut(tmp_path):

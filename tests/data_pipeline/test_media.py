@@ -5,13 +5,16 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 
+from arbitor.batch import NO_TARGET
 from arbitor.vocab import END_OF_DOCUMENT, PADDING
 from data_pipeline.files import ShardError
 from data_pipeline.layout import layout_of
 from data_pipeline.plan import WindowKey
 from data_pipeline.row_id import media_row_ids
 from data_pipeline.run_data import held_out_slots, read_slots
+from ray_jobs.worker import to_batch
 from tests.data_pipeline.media_shards import (
     BORDERS,
     SHAPE,
@@ -169,3 +172,13 @@ def test_all_five_have_the_same_number_of_positions_for_any_world(tmp_path):
     halves.sort(key=lambda slot: (slot.step, slot.slot))
     assert [s.sha256 for s in halves] == [s.sha256 for s in slots]
     assert [s.row_ids.tolist() for s in halves] == [s.row_ids.tolist() for s in slots]
+
+
+def test_a_batch_of_tensors_has_the_slots_content(tmp_path):
+    write_media_parquet(tmp_path / "rows.parquet", media_rows("image", 20), "image")
+    slot = next(read_slots(media_data(tmp_path / "rows.parquet", "image", tmp_path), 0, 1, 0, 1))
+    batch = to_batch(slot, torch.device("cpu"))
+    assert batch.content_BPX.dtype == torch.uint8
+    assert (batch.content_BPX.numpy() == slot.content).all()
+    assert (batch.symbols_BT.numpy() == slot.symbols[:, :-1]).all()
+    assert ((batch.targets_BT == NO_TARGET).numpy() == (slot.symbols[:, 1:] == PADDING)).all()
