@@ -13,6 +13,8 @@ from data_pipeline.sample_rows import audio, image, video
 from data_pipeline.sample_rows.shapes import COLOURS, SHAPES
 
 MEDIA = ("image", "audio", "video")
+UNIT = {"above": (0, -1), "below": (0, 1), "left of": (-1, 0), "right of": (1, 0)}
+UNIT |= {"up": (0, -1), "down": (0, 1), "left": (-1, 0), "right": (1, 0)}
 FILLED = {"circle": np.pi / 4, "square": 1.0, "triangle": 0.5}  # of the box around a shape
 
 
@@ -72,7 +74,7 @@ def test_captions_name_the_colours_shapes_and_sides_seen(tables):
         pixels = decode_image(content, config)
         x1, y1, filled1 = find(pixels, first_colour)
         x2, y2, filled2 = find(pixels, second_colour)
-        dx, dy = image.RELATIONS[" ".join(side)]
+        dx, dy = UNIT[" ".join(side)]
         # Centres are 0.46 of the picture apart; a triangle's mass is lower by a tenth at most.
         assert (x1 - x2) * dx + (y1 - y2) * dy > 0.36 * image.SIZE, caption
         for shape, filled in ((first, filled1), (second, filled2)):
@@ -85,7 +87,7 @@ def test_captions_name_the_direction_of_the_motion(tables):
         _, colour, shape, _, direction = caption.split()
         frames = decode_video(content, config)
         places = np.array([find(frame, colour) for frame in frames])
-        steps = np.diff(places[:, :2], axis=0) @ video.DIRECTIONS[direction]
+        steps = np.diff(places[:, :2], axis=0) @ UNIT[direction]
         assert (steps > 2).all(), caption
         assert abs(np.diff(places[:, :2], axis=0)).sum() < 1.2 * steps.sum(), caption
         filled = np.median(places[:, 2])
