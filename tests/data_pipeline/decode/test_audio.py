@@ -69,6 +69,12 @@ def test_truncated_and_flipped_content_is_refused_or_decoded(kind, subtype):
     damaged(decode_audio, content, CONFIG)
 
 
+def test_a_lost_page_leaves_too_few_samples():
+    content = encode_audio(tone(48_000, 1, 2), 48_000, "OGG", "OPUS")
+    pages = [i for i in range(len(content)) if content.startswith(b"OggS", i)]
+    refused(decode_audio, content[: pages[3]] + content[pages[4] :], CONFIG, "ends early")
+
+
 def test_ten_hours_in_the_header_cost_nothing():
     flac = bytearray(encode_audio(tone(16_000), 16_000, "FLAC"))
     samples = 10 * 3600 * 16_000
