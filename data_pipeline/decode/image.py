@@ -23,6 +23,7 @@ READERS = {
 # Every exception that Pillow raises for content. None is about a file: the bytes are in memory.
 PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError)
 PILLOW_ERRORS += (OverflowError, MemoryError, AttributeError, struct.error, zlib.error)
+PILLOW_ERRORS += (Image.DecompressionBombError,)
 
 EXIF_ORIENTATION = 0x0112
 UPRIGHT = {

@@ -59,7 +59,7 @@ def test_loud_float_samples_are_cut_and_infinite_ones_refused():
     refused(decode_audio, encode_audio(wave, 16_000, "WAV", "FLOAT"), CONFIG, "finite")
 
 
-@pytest.mark.parametrize(("kind", "subtype"), FORMATS)
+@pytest.mark.parametrize(("kind", "subtype"), [*FORMATS, ("OGG", "OPUS")])
 def test_truncated_and_flipped_content_is_refused_or_decoded(kind, subtype):
     content = encode_audio(tone(16_000), 16_000, kind, subtype)
     refused(decode_audio, b"", CONFIG)
@@ -67,6 +67,12 @@ def test_truncated_and_flipped_content_is_refused_or_decoded(kind, subtype):
     if kind != "MP3":  # it has no length: what is there is all of it
         refused(decode_audio, content[: len(content) // 2], CONFIG)
     damaged(decode_audio, content, CONFIG)
+
+
+def test_a_lost_page_leaves_too_few_samples():
+    content = encode_audio(tone(48_000, 1, 2), 48_000, "OGG", "OPUS")
+    pages = [i for i in range(len(content)) if content.startswith(b"OggS", i)]
+    refused(decode_audio, content[: pages[3]] + content[pages[4] :], CONFIG, "ends early")
 
 
 def test_ten_hours_in_the_header_cost_nothing():

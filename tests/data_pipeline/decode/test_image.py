@@ -104,6 +104,10 @@ def test_a_claimed_size_is_refused_before_memory_is_taken():
     start = jpeg.index(b"\xff\xc0") + 5
     claim = jpeg[:start] + struct.pack(">HH", 30_000, 30_000) + jpeg[start + 4 :]
     refused(decode_image, claim, CONFIG, "30000 x 30000")
+    webp = bytearray(encode_image(corners(), "WEBP", lossless=True))
+    start = webp.index(b"VP8L") + 9  # 14 bits of width - 1, 14 of height - 1
+    webp[start : start + 4] = (16_382 | 16_382 << 14).to_bytes(4, "little")
+    refused(decode_image, bytes(webp), CONFIG, "268402689 pixels")
 
 
 def test_other_content_is_refused():

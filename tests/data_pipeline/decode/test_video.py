@@ -35,6 +35,18 @@ def test_frames_are_the_first_at_or_after_their_time(kind, codec, rate, expected
     assert numbers(frames) == expected
 
 
+@pytest.mark.parametrize(("kind", "codec"), FORMATS)
+def test_times_that_a_container_rounds_down_are_not_missed(kind, codec):
+    thirds = VideoConfig(size=32, num_frames=5, frames_per_second=3.0)
+    assert numbers(decode_video(encode_video(numbered(12), 6, kind, codec), thirds)) == [
+        0,
+        2,
+        4,
+        6,
+        8,
+    ]
+
+
 def test_a_short_or_slow_video_repeats_frames():
     assert numbers(decode_video(encode_video(numbered(3), 4), CONFIG)) == [0, 1, 2, 2]
     assert numbers(decode_video(encode_video(numbered(1), 4), CONFIG)) == [0, 0, 0, 0]
@@ -90,6 +102,7 @@ def test_a_truncated_file_with_its_index_first_is_refused():
     slow = VideoConfig(size=32, num_frames=8, frames_per_second=4.0)
     assert decode_video(content, slow).shape == (8, 32, 32, 3)
     refused(decode_video, content[: int(len(content) * 0.6)], slow)
+    refused(decode_video, content[:-50], slow, "ends early")
 
 
 def index_first(content: bytes) -> bytes:
@@ -104,7 +117,8 @@ def index_first(content: bytes) -> bytes:
     return content[:data] + bytes(moov) + content[data:box]
 
 
-def test_playlists_and_other_content_are_refused(tmp_path):
+def test_other_containers_and_content_are_refused(tmp_path):
+    refused(decode_video, encode_video(numbered(8), 4, "avi", "mpeg4"), CONFIG)
     real = tmp_path / "real.mp4"
     real.write_bytes(encode_video(numbered(8), 4))
     playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:2,\n{real}\n#EXT-X-ENDLIST\n"
