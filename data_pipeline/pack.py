@@ -19,6 +19,8 @@ from data_pipeline.layout import Layout
 from data_pipeline.permutation import keyed_permutation
 from data_pipeline.row_id import media_row_ids, row_ids
 
+REASON_LENGTH = 200
+
 
 class Fault(NamedTuple):
     """A row that could not be decoded; `row` is its number in the shard."""
@@ -148,7 +150,7 @@ def pack_media_window(
                 raise ContentError(row.problem)
             decoded = layout.decode(row.content)
         except ContentError as error:
-            faults.append(Fault(*places[i], str(error)))
+            faults.append(Fault(*places[i], str(error)[:REASON_LENGTH]))
             continue
         q = target[i]
         symbols, cut[i] = layout.symbols(len(decoded), row.text, seed, int(ids[i]))

@@ -1,4 +1,4 @@
-"""The plan on hundreds of random cases: exact mixture, no row lost or doubled, any world size."""
+"""The plan on thousands of random cases: exact mixture, no row lost or doubled, any world size."""
 
 import random
 import time
@@ -123,7 +123,7 @@ def test_within_one_slot_where_sources_end():
     """Limits take effect in the step that the weights say, and are used up to the last slot."""
     rng = random.Random(9)
     dropped = stopped = 0
-    for _ in range(400):
+    for _ in range(800):
         weights = random_weights(rng, 40, rng.randint(1, 5))
         slots = rng.choice([1, 2, 4, 5, 16])
         limits = [
@@ -152,7 +152,7 @@ def test_within_one_slot_where_sources_end():
                 assert counts[i] == limit.slots
                 dropped += 1
         stopped += mixture.end < 60
-    assert dropped > 100 and stopped > 50
+    assert dropped > 200 and stopped > 100
 
 
 def first_end(free, limits, slots):
@@ -168,7 +168,7 @@ def first_end(free, limits, slots):
 def test_a_longer_run_starts_with_the_same_slots():
     """Served piece by piece, as a resumed run does, the order is the same."""
     rng = random.Random(2)
-    for _ in range(40):
+    for _ in range(200):
         mixture = Mixture([weight_points(w) for w in random_weights(rng, 50, 4)], 4)
         whole = mixture.serve(0, 400, [0] * 4)
         cut = rng.randrange(400)
@@ -178,7 +178,7 @@ def test_a_longer_run_starts_with_the_same_slots():
 
 def test_a_round_takes_every_micro_batch_once():
     rng = random.Random(3)
-    for case in range(150):
+    for case in range(600):
         source = random_source(rng, "text", 1.0)
         lanes = SourceLanes(source, rng.choice([1, 2, 3, 4, 16, 300]), seed=case)
         turn = rng.randrange(3)

@@ -182,16 +182,16 @@ def test_without_the_checks_the_comparison_sees_swapped_windows(data, monkeypatc
 def test_segments_join_without_a_seam(five, monkeypatch):
     """Each is an execution of its own; windows open at its start are not read again."""
     monkeypatch.setattr(stream, "FIRST_SEGMENT_WINDOWS", 10)
-    monkeypatch.setattr(stream, "SEGMENT_WINDOWS", 40)
+    monkeypatch.setattr(stream, "SEGMENT_WINDOWS", 60)
     monkeypatch.setattr(stream, "SEGMENT_STEPS", 3)
-    segments = list(stream._segments(five.plan, 5, 60, 0, 1))
-    assert len(segments) > 3 and segments[0].start == 5 and segments[-1].stop == 60
-    assert sum(s.windows for s in segments) == len(list(five.plan.windows(5, 60, 0, 1)))
-    assert_same_slots(stream_slots(five, 5, 60, 0, 1), read_slots(five, 5, 60, 0, 1))
+    segments = list(stream._segments(five.plan, 5, 40, 0, 1))
+    assert len(segments) >= 3 and segments[0].start == 5 and segments[-1].stop == 40
+    assert sum(s.windows for s in segments) == len(list(five.plan.windows(5, 40, 0, 1)))
+    assert_same_slots(stream_slots(five, 5, 40, 0, 1), read_slots(five, 5, 40, 0, 1))
     begun = stream_slots(five, 0, 1000, 0, 1)
-    for _ in range(40):
+    for _ in range(20):
         next(begun)
-    begun.close()
+    begun.close()  # while the next segment may be starting
 
 
 def test_a_missing_window_is_noticed(data, monkeypatch):
