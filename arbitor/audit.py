@@ -1,13 +1,15 @@
 """Proves that nothing persistent is float: `python -m arbitor.audit CONFIG`.
 
 Trains one step on made-up symbols, then lists every tensor that is still alive in the process. Bits
-per weight are 16.125 + 48/K + 16/N, and 48 bits a matrix for tensor moment and update count.
+per weight are 16.125 + 48/K + 16/N, and 48 bits a matrix for tensor moment and update count; 4 less
+with momentum of 4 bits, 2 less with latents of 6, 8/group_size more with group exponents. Under
+`bigint` they are 2 + 64/group_size + 16/K, and 64 bits a matrix for the step counter.
 """
 
 import gc
 import sys
 import warnings
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,13 +17,11 @@ from torch import Tensor
 
 from arbitor.batch import SlotBatch
 from arbitor.errors import UserError
-from arbitor.kernel.latent_update.state import (
-    TernaryState,
-)
+from arbitor.kernel.ternary_scale import TernaryWeight
 from arbitor.main import ARBModel, ModelConfig
 from arbitor.optimizer import TernaryOptimizer, UpdateConfig
 from arbitor.settings import build, read_yaml, section
-from arbitor.trainer import train_step
+from arbitor.trainer import SlotRunner, train_step
 from arbitor.vocab import NUM_BYTES
 
 
@@ -52,8 +52,9 @@ def audit_command(arguments: list[str]) -> int:
     if len(arguments) != 1:
         raise UserError("expected one CONFIG file: python -m arbitor.audit CONFIG")
     values = read_yaml(arguments[0])
-    model = ARBModel(build(ModelConfig, section(values, "model"), "model"), seed=0)
-    optimizer = one_step(model, build(UpdateConfig, section(values, "update"), "update"))
+    update = build(UpdateConfig, section(values, "update"), "update")
+    model = ARBModel(build(ModelConfig, section(values, "model"), "model"), 0, update)
+    optimizer = one_step(model, update)
     tensors = live_tensors(model)
     print(report(model, tensors))
     floats = [tensor for tensor in tensors if tensor.is_float]
@@ -68,7 +69,7 @@ def one_step(model: ARBModel, config: UpdateConfig) -> TernaryOptimizer:
     optimizer = TernaryOptimizer(model, config, total_steps=1, slots_per_step=1, seed=0)
     symbols = np.random.default_rng(0).integers(0, NUM_BYTES, (2, 17), dtype=np.uint16)
     batch = SlotBatch.from_symbols(symbols, step=0, slot=0, source="audit", modality="text")
-    train_step(model, optimizer, 0, [batch])
+    train_step(SlotRunner(model, optimizer), 0, [batch])
     return optimizer
 
 
@@ -96,17 +97,16 @@ def report(model: ARBModel, tensors: list[LiveTensor]) -> str:
     lines += ["", f"{'ternary matrix':<58} {'N x K':>14} {'bits per weight':>21}"]
     for name, weight in model.ternary_weights():
         shape = f"{weight.num_rows}x{weight.num_cols}"
-        lines.append(f"{name:<58} {shape:>14} {bits_per_weight(weight.state()):>21.3f}")
-    weights = sum(weight.latent.numel() for _, weight in model.ternary_weights())
+        lines.append(f"{name:<58} {shape:>14} {bits_per_weight(weight):>21.3f}")
+    weights = sum(weight.num_weights for _, weight in model.ternary_weights())
     total_bytes = sum(tensor.num_bytes for tensor in tensors)
     lines.append(f"\n{weights:,} weights, {total_bytes:,} bytes persist")
     return "\n".join(lines)
 
 
-def bits_per_weight(state: TernaryState) -> float:
+def bits_per_weight(weight: TernaryWeight) -> float:
     """All state of one matrix over its number of weights."""
-    tensors = [getattr(state, field.name) for field in fields(TernaryState)]
-    return 8 * sum(t.numel() * t.element_size() for t in tensors) / state.latent.numel()
+    return 8 * sum(t.numel() * t.element_size() for t in weight.buffers()) / weight.num_weights
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 Shape letters: B sequences, T positions, P places of a sequence, X bytes of a place.
 """
 
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -46,3 +47,21 @@ class SlotBatch:
         targets_BT = symbols[:, 1:].masked_fill(symbols[:, 1:] == PADDING, NO_TARGET)
         content_BPX = None if content is None else torch.from_numpy(content).to(device)
         return SlotBatch(step, slot, source, modality, symbols[:, :-1], targets_BT, content_BPX)
+
+    @property
+    def signature(self) -> Hashable:
+        """Equal for slots that run the same launches: of one modality and of equal shapes."""
+        return self.modality, *((name, x.shape, x.dtype) for name, x in self._tensors().items())
+
+    def copy(self) -> "SlotBatch":
+        """The slot with tensors of its own."""
+        return replace(self, **{name: x.clone() for name, x in self._tensors().items()})
+
+    def copy_from(self, other: "SlotBatch") -> None:
+        """Fills the tensors with those of a slot of the same signature."""
+        for name, tensor in self._tensors().items():
+            tensor.copy_(getattr(other, name))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}

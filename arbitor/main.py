@@ -1,11 +1,10 @@
 """ARBModel: encoder of the slot's modality -> trunk -> head; reads like the figure.
 
-Shape letters: B sequences, T positions, D width, F feed-forward width, V symbols.
+Shape letters: B sequences, T positions, D width, F feed-forward width, X = 2F, V symbols.
 """
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arbitor.attention.mla import MultiHeadLatentAttention
@@ -14,6 +13,7 @@ from arbitor.encoder.text import TextEncoder
 from arbitor.errors import UserError
 from arbitor.head.byte import ByteHead
 from arbitor.kernel.matmul.quantize import ACTIVATIONS
+from arbitor.kernel.state_format import StateFormat
 from arbitor.kernel.ternary_scale import TernaryLinear, TernaryWeight
 from arbitor.loss import symbol_loss
 
@@ -74,14 +74,16 @@ class ModelConfig:
 class ARBModel(nn.Module):
     """Calling it on a slot gives the slot's loss; gradients stay with the ternary weights."""
 
-    def __init__(self, config: ModelConfig, seed: int):
+    def __init__(self, config: ModelConfig, seed: int, format: StateFormat | None = None):
         super().__init__()
+        format = format or StateFormat()
+        format.check_activation(config.activation)
         self.config = config
         self.text_encoder = TextEncoder(config.width, config.activation)
         self.trunk = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.byte_head = ByteHead(config.width, config.activation)
         for name, weight in self.ternary_weights():
-            weight.initialize(seed, name)
+            weight.initialize(seed, name, format)
 
     def forward(self, batch: SlotBatch) -> Tensor:
         """Loss of one slot in nats per symbol, float32 scalar."""
@@ -123,19 +125,19 @@ class Block(nn.Module):
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
         if self.attention is not None:
-            hidden_BTD = hidden_BTD + self.attention(hidden_BTD)
-        return hidden_BTD + self.feed_forward(hidden_BTD)
+            hidden_BTD = self.attention(hidden_BTD)
+        return self.feed_forward(hidden_BTD)
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (Shazeer 2020): D -> 2F -> F -> D."""
+    """SwiGLU (Shazeer 2020), D -> 2F -> F -> D, added to its input."""
 
     def __init__(self, config: ModelConfig, output_gain: float):
         super().__init__()
         width, inner = config.width, config.feed_forward_width
         self.gate_and_up = TernaryLinear(width, 2 * inner, config.activation)
-        self.down = TernaryLinear(inner, width, config.activation, gain=output_gain)
+        self.down = TernaryLinear(inner, width, config.activation, gain=output_gain, gated=True)
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
-        gate_BTF, up_BTF = self.gate_and_up(hidden_BTD).chunk(2, dim=-1)
-        return self.down(F.silu(gate_BTF) * up_BTF)
+        gate_and_up_BTX, hidden_BTD = self.gate_and_up.fork(hidden_BTD)
+        return hidden_BTD + self.down(gate_and_up_BTX)

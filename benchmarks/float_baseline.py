@@ -4,13 +4,18 @@ Only the weights differ from the product's model: norms, activation quantizer, t
 schedule are the same. Sources: Ma et al. 2024 (arXiv 2402.17764) for the absmean quantizer.
 """
 
+import argparse
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from arbitor.batch import SlotBatch
 from arbitor.kernel.matmul.reference import quantize_activation
 from arbitor.kernel.ternary_scale import TernaryEmbedding, TernaryWeight
 from arbitor.main import ARBModel, ModelConfig
+from arbitor.optimizer import UpdateConfig
 
 RULES = ("adamw", "ste", "ste-float-tables")
 
@@ -39,15 +44,21 @@ class FloatLinear(FloatWeight):
 
     def __init__(self, linear, ternary, generator):
         super().__init__(linear, ternary, generator)
-        self.activation = linear.activation
+        self.activation, self.gated = linear.activation, linear.gated
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.gated:
+            gate, up = x.chunk(2, dim=-1)
+            x = F.silu(gate) * up
         x = F.rms_norm(x.float(), (x.shape[-1],), eps=1e-6)
         if self.ternary:
             with torch.no_grad():
                 codes = quantize_activation(x.flatten(0, -2), self.activation).values()
             x = x + (codes.view_as(x) - x).detach()
         return F.linear(x.bfloat16(), self.effective().bfloat16())
+
+    def fork(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self(x), x
 
 
 class FloatEmbedding(FloatWeight):
@@ -75,3 +86,32 @@ def make_adamw(model: ARBModel, lr: float, fused: bool = False) -> torch.optim.A
         {"params": [w.weight for w in weights if not w.is_table], "weight_decay": 0.1},
     ]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=fused)
+
+
+class FloatTrainer:
+    """Trains one float model again and again, from fresh weights: it is compiled once."""
+
+    def __init__(self, config: ModelConfig, rule: str, options: argparse.Namespace):
+        self.config, self.rule, self.options = config, rule, options
+        self.model = self._fresh(seed=0)
+        self.loss = torch.compile(self.model) if options.compile else self.model
+
+    def _fresh(self, seed: int) -> ARBModel:
+        with torch.device(self.options.device):
+            return float_model(self.config, self.rule, seed)
+
+    def train(self, lr: float, seed: int, slots: Callable[[int], list[SlotBatch]]) -> ARBModel:
+        """The model after all steps; `slots` gives the batches of a step."""
+        options = self.options
+        self.model.load_state_dict(self._fresh(seed).state_dict())
+        optimizer = make_adamw(self.model, lr, fused=options.device == "cuda")
+        schedule = UpdateConfig(warmup_steps=options.warmup).schedule
+        for step in range(options.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * schedule(step, options.steps) / 65536
+            for batch in slots(step):
+                (self.loss(batch) / options.slots).backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        return self.model

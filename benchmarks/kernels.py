@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,9 @@ def main() -> None:
     options = parse()
     assert torch.cuda.is_available(), "kernels are timed on a GPU"
     set_backend("triton")
-    refused = [op for op in options.ops if not test_is_green(op)]
+    with ThreadPoolExecutor(len(options.ops)) as pool:
+        green = list(pool.map(test_is_green, options.ops))
+    refused = [op for op, is_green in zip(options.ops, green, strict=True) if not is_green]
     for op in refused:
         print(f"{op}: a test is red, not timed")
     ceilings = measure_ceilings()
@@ -207,23 +210,19 @@ def backward_rows(options: argparse.Namespace) -> Iterator[Row]:
         yield Row(f"grad_x fp8 {shape}", [b.grad_x for b in ours], grad_x, 6 * M * N, flops)
         yield Row(f"grad_w alone {shape}", [b.grad_w for b in ours], plain_w, 0, flops)
         yield Row(
-            f"grad_w to sum {shape}", [b.grad_w_to_sum for b in ours], plain_w, 4 * N * K, flops
+            f"grad_w + update {shape}",
+            [b.grad_w_and_update for b in ours],
+            grad_w,
+            11 * N * K,
+            flops,
         )
-        for name, fused in (("stored", False), ("fused", True)):
-            yield Row(
-                f"grad_w + update ({name}) {shape}",
-                [lambda b=b, fused=fused: b.grad_w_and_update(fused) for b in ours],
-                grad_w,
-                11 * N * K,
-                flops,
-            )
-            yield Row(
-                f"backward + update ({name}) {shape}",
-                [lambda b=b, fused=fused: b.everything(fused) for b in ours],
-                both,
-                6 * M * N + 11 * N * K,
-                2 * flops,
-            )
+        yield Row(
+            f"backward + update {shape}",
+            [b.everything for b in ours],
+            both,
+            6 * M * N + 11 * N * K,
+            2 * flops,
+        )
 
 
 def update_rows(options: argparse.Namespace) -> Iterator[Row]:

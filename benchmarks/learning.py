@@ -1,6 +1,6 @@
 """Does the latent rule learn as well as float masters? One script, same model, data and schedule.
 
-    python benchmarks/learning.py --data FILE --rules latent ste adamw --seeds 0 1 --steps 600
+    python -m benchmarks.learning --data FILE --rules latent ste adamw --seeds 0 1 --steps 600
 
 FILE is text, or xz of text; its last part is held out. AdamW rules are searched over --lr on the
 first seed and run with the best on the others. Prints one JSON line a run, then a table.
@@ -9,7 +9,6 @@ first seed and run with the best on the others. Prints one JSON line a run, then
 import argparse
 import json
 import lzma
-import platform
 import time
 from pathlib import Path
 from statistics import mean
@@ -18,10 +17,21 @@ import numpy as np
 import torch
 
 from arbitor.batch import SlotBatch
+from arbitor.kernel.backend import set_backend
 from arbitor.main import ARBModel, ModelConfig
 from arbitor.optimizer import TernaryOptimizer, UpdateConfig
-from arbitor.trainer import evaluate, train_step
-from benchmarks.float_baseline import RULES, float_model, make_adamw
+from arbitor.trainer import SlotRunner, evaluate, train_step
+from benchmarks.float_baseline import RULES, FloatTrainer
+from benchmarks.timing import environment
+
+CURVE_POINTS = 20
+VARIANTS = {  # the product's rules and formats of their state
+    "latent": {},
+    "latent-12": {"momentum_bits": 4},
+    "latent-10": {"momentum_bits": 4, "latent_bits": 6},
+    "latent-groups": {"group_size": 32},
+    "bigint": {"rule": "bigint"},
+}
 
 
 def main() -> None:
@@ -30,34 +40,35 @@ def main() -> None:
     train_bytes, held_out = split(options)
     results = []
     for rule in options.rules:
-        rates = [None] if rule == "latent" else options.lr
-        first = [
-            run(rule, rate, options.seeds[0], options, train_bytes, held_out) for rate in rates
-        ]
+        rates = [None] if rule in VARIANTS else options.lr
+        trainer = None if rule in VARIANTS else FloatTrainer(model_config(options), rule, options)
+
+        def run(rate, seed, rule=rule, trainer=trainer):
+            return train_and_judge(rule, trainer, rate, seed, options, train_bytes, held_out)
+
+        first = [run(rate, options.seeds[0]) for rate in rates]
         best = min(first, key=lambda result: result["validation"])
-        others = [
-            run(rule, best["lr"], seed, options, train_bytes, held_out)
-            for seed in options.seeds[1:]
-        ]
-        results.append((rule, best["lr"], [best, *others]))
-    print(f"\n{'rule':<18} {'lr':>8} {'validation, by seed':>24} {'mean':>8} {'seconds':>8}")
-    for rule, lr, runs in results:
-        losses = [result["validation"] for result in runs]
-        by_seed = " ".join(f"{loss:.4f}" for loss in losses)
-        seconds = mean(result["seconds"] for result in runs)
-        print(f"{rule:<18} {lr or '-':>8} {by_seed:>24} {mean(losses):>8.4f} {seconds:>8.0f}")
+        others = [run(best["lr"], seed) for seed in options.seeds[1:]]
+        results += [*first, *others]
+        print_summary(rule, best["lr"], [best, *others])
+    if options.out:
+        settings = {key: str(value) for key, value in vars(options).items()}
+        record = {"environment": environment(), "options": settings, "runs": results}
+        options.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--held-out", type=float, default=0.1, help="share of the file, at its end")
-    parser.add_argument("--rules", nargs="+", default=["latent", "ste"], choices=["latent", *RULES])
+    rules = [*VARIANTS, *RULES]
+    parser.add_argument("--rules", nargs="+", default=["latent", "ste"], choices=rules)
     parser.add_argument("--lr", nargs="+", type=float, default=[2e-3, 4e-3, 8e-3])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--attention", action="store_true")
+    parser.add_argument("--activation", default="fp8")
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--slots", type=int, default=4, help="slots a step")
     parser.add_argument("--sequences", type=int, default=4, help="sequences a slot")
@@ -66,7 +77,19 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--eval-slots", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the AdamW rules")
+    parser.add_argument("--out", type=Path, help="also write the runs here, as JSON")
     return parser.parse_args()
+
+
+def model_config(options: argparse.Namespace) -> ModelConfig:
+    return ModelConfig(
+        width=options.width,
+        num_layers=options.layers,
+        enable_attention=options.attention,
+        activation=options.activation,
+    )
 
 
 def split(options: argparse.Namespace) -> tuple[np.ndarray, list[SlotBatch]]:
@@ -100,56 +123,75 @@ def training_slots(data, seed: int, step: int, options) -> list[SlotBatch]:
     return [make_batch(data, starts[slot], step, slot, options) for slot in range(options.slots)]
 
 
-def run(rule, lr, seed, options, train_bytes, held_out) -> dict:
+def train_and_judge(rule, trainer, lr, seed, options, train_bytes, held_out) -> dict:
     """One training run; its final validation loss in nats per byte."""
-    config = ModelConfig(
-        width=options.width, num_layers=options.layers, enable_attention=options.attention
-    )
     started = time.perf_counter()
-    if rule == "latent":
-        model = train_latent(config, seed, options, train_bytes)
+
+    def slots(step):
+        return training_slots(train_bytes, seed, step, options)
+
+    # torch.compile makes its own kernels from the plain operations.
+    set_backend(options.backend if trainer is None else "torch")
+    if trainer is None:
+        model, curve = train_ternary(rule, seed, options, slots)
     else:
-        model = train_float(config, rule, lr, seed, options, train_bytes)
+        model, curve = trainer.train(lr, seed, slots), []
+    trained = time.perf_counter()
     result = {
         "rule": rule,
         "lr": lr,
         "seed": seed,
-        "validation": round(evaluate(model, held_out), 4),
-        "seconds": round(time.perf_counter() - started, 1),
-        "torch": torch.__version__,
-        "machine": torch.cuda.get_device_name() if options.device == "cuda" else platform.machine(),
+        "steps": options.steps,
+        "weights": num_weights(model),
+        "validation": round(evaluate(model, held_out), 5),
+        "seconds": round(trained - started, 1),
+        "curve": curve,
     }
-    print(json.dumps(result), flush=True)
+    print(json.dumps({key: value for key, value in result.items() if key != "curve"}), flush=True)
     return result
 
 
-def train_latent(config, seed, options, train_bytes) -> ARBModel:
-    model = ARBModel(config, seed).to(options.device)
+def train_ternary(rule, seed, options, slots) -> tuple[ARBModel, list[dict]]:
+    """The product's model and optimizer; the curve shows how the latents spread."""
+    config = UpdateConfig(warmup_steps=options.warmup, **VARIANTS[rule])
+    with torch.device(options.device):
+        model = ARBModel(model_config(options), seed, config)
     optimizer = TernaryOptimizer(
         model,
-        UpdateConfig(warmup_steps=options.warmup),
+        config,
         total_steps=options.steps,
         slots_per_step=options.slots,
         seed=seed,
     )
+    run_slot, curve = SlotRunner(model, optimizer), []
     for step in range(options.steps):
-        train_step(model, optimizer, step, training_slots(train_bytes, seed, step, options))
-    return model
+        report = train_step(run_slot, step, slots(step))
+        if (step + 1) % max(1, options.steps // CURVE_POINTS) == 0:
+            curve.append(
+                {
+                    "step": step + 1,
+                    "loss": round(mean(report.losses), 4),
+                    "flip_rate": round(report.flip_rate, 6),
+                    "zero_fraction": round(report.zero_fraction, 4),
+                    "saturated_fraction": round(report.saturated_fraction, 6),
+                }
+            )
+    return model, curve
 
 
-def train_float(config, rule, lr, seed, options, train_bytes) -> ARBModel:
-    model = float_model(config, rule, seed).to(options.device)
-    optimizer = make_adamw(model, lr)
-    schedule = UpdateConfig(warmup_steps=options.warmup).schedule
-    for step in range(options.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * schedule(step, options.steps) / 65536
-        for batch in training_slots(train_bytes, seed, step, options):
-            (model(batch) / options.slots).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    return model
+def num_weights(model: ARBModel) -> int:
+    ternary = sum(weight.num_weights for _, weight in model.ternary_weights())
+    return ternary + sum(parameter.numel() for parameter in model.parameters())
+
+
+def print_summary(rule: str, lr: float | None, runs: list[dict]) -> None:
+    losses = [run["validation"] for run in runs]
+    by_seed = " ".join(f"{loss:.4f}" for loss in losses)
+    seconds = mean(run["seconds"] for run in runs)
+    print(
+        f"{rule:<18} lr {lr or '-'}: {by_seed}  mean {mean(losses):.4f}  {seconds:.0f} s",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from arbitor.kernel.latent_update.moments import step_rates
-from arbitor.kernel.latent_update.slots import row_exponents, slot_format
+from arbitor.kernel.latent_update.moments import step_rates, update_words
+from arbitor.kernel.latent_update.slots import slot_format
 from arbitor.kernel.latent_update.state import TernaryState, init_state
 from arbitor.kernel.latent_update.triton import quantize_slot_, update_
 from arbitor.kernel.matmul import op as matmul
@@ -38,22 +38,13 @@ class BackwardProblem:
     def grad_w(self) -> torch.Tensor:
         return triton_matmul.matmul_backward_weight(self.for_weight, self.x)[0]
 
-    def grad_w_to_sum(self) -> None:
-        u = self.update
-        triton_matmul.matmul_backward_weight_to_sum(
-            u.sum_NK, self.for_weight, self.x, u.exponent_N, SLOTS, 1, u.counters
-        )
-
-    def grad_w_and_update(self, fused: bool) -> None:
-        if fused:
-            self.grad_w_to_sum()
-        else:
-            self.update.convert(self.grad_w())
+    def grad_w_and_update(self) -> None:
+        self.update.convert(self.grad_w())
         self.update.update()
 
-    def everything(self, fused: bool) -> None:
+    def everything(self) -> None:
         self.grad_x()
-        self.grad_w_and_update(fused)
+        self.grad_w_and_update()
 
 
 class UpdateProblem:
@@ -64,16 +55,18 @@ class UpdateProblem:
         self.state = state
         self.sum_NK = torch.randint(-200, 200, shape, device="cuda", dtype=SLOTS.sum_dtype)
         self.grad_NK = torch.randn(shape, device="cuda") if with_gradient else None
-        self.exponent_N = row_exponents(state.row_moment, SLOTS)
         self.counters = torch.zeros(2, dtype=torch.int64, device="cuda")
-        self.rates = step_rates(3 << 16, 168)
+        self.update_counters = torch.zeros(3, dtype=torch.int64, device="cuda")
+        words = update_words(step_rates(3 << 16, 168), key=1, updates=100)
+        self.words = torch.tensor(words, dtype=torch.int32, device="cuda")
 
     def convert(self, grad_NK: torch.Tensor | None = None) -> None:
         grad_NK = self.grad_NK if grad_NK is None else grad_NK
-        quantize_slot_(grad_NK, self.exponent_N, SLOTS, 1, self.sum_NK, self.counters)
+        key = self.words[:1]
+        quantize_slot_(grad_NK, self.state.row_moment, SLOTS, key, self.sum_NK, self.counters)
 
     def update(self) -> None:
-        update_(self.state, self.sum_NK, SLOTS, self.rates, 1, 100)
+        update_(self.state, self.sum_NK, SLOTS, self.words, self.update_counters)
 
 
 def rotate(make: Callable[[], Any], bytes_of_one: int) -> list[Any]:

@@ -80,22 +80,27 @@ def measure_ceilings() -> Ceilings:
 
 def environment() -> dict[str, Any]:
     """Hardware and versions, for the record."""
-    query = "--query-gpu=driver_version,clocks.max.sm,power.limit"
-    smi = subprocess.run(
-        ["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True, check=False
-    )
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     )
-    return {
-        "device": torch.cuda.get_device_name(),
-        "driver, clock, power limit": smi.stdout.strip(),
+    return _device() | {
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "triton": triton.__version__,
         "python": platform.python_version(),
         "commit": commit.stdout.strip(),
     }
+
+
+def _device() -> dict[str, str]:
+    if not torch.cuda.is_available():
+        return {"device": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"}
+    query = "--query-gpu=driver_version,clocks.max.sm,power.limit"
+    smi = subprocess.run(
+        ["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True, check=False
+    )
+    name = torch.cuda.get_device_name()
+    return {"device": name, "driver, clock, power limit": smi.stdout.strip()}
 
 
 def write_record(

@@ -26,7 +26,8 @@ from arbitor.kernel.backend import path_counts, set_backend
 from arbitor.kernel.ternary_scale import TernaryEmbedding
 from arbitor.main import ARBModel, ModelConfig
 from arbitor.optimizer import TernaryOptimizer, UpdateConfig
-from arbitor.trainer import train_step
+from arbitor.profiling import profiler, table
+from arbitor.trainer import SlotRunner, train_step
 from benchmarks.float_baseline import float_model, make_adamw
 from benchmarks.timing import environment, measure_ceilings
 
@@ -36,8 +37,12 @@ WARMUP_STEPS = 3
 def main() -> None:
     options = parse()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    set_backend("triton")
-    config = ModelConfig(width=options.width, num_layers=options.layers, enable_attention=True)
+    config = ModelConfig(
+        width=options.width,
+        num_layers=options.layers,
+        enable_attention=True,
+        head_width=options.head_width,
+    )
     peak = measure_ceilings().bfloat16
     rows = []
     for rule in options.rules:
@@ -57,6 +62,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rules", nargs="+", default=rules, choices=rules)
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--head-width", type=int, default=64)
     parser.add_argument("--length", type=int, default=2048, help="positions of a sequence")
     parser.add_argument("--positions", nargs="+", type=int, default=[16384, 4096], help="a slot's")
     parser.add_argument("--steps", type=int, default=10)
@@ -83,7 +89,9 @@ def time_rule(
     torch.cuda.synchronize()
     seconds = (time.perf_counter() - started) / options.steps
     if options.profile:
-        print_profile(lambda: step(WARMUP_STEPS + options.steps, batches[0]))
+        with profiler() as profile:
+            step(WARMUP_STEPS + options.steps, batches[0])
+        print(table(profile), flush=True)
     attention = 6 * config.num_layers * config.num_heads * config.head_width * options.length
     return {
         "rule": rule,
@@ -106,21 +114,25 @@ def make_batch(number: int, positions: int, length: int) -> SlotBatch:
 
 def prepare(rule: str, config: ModelConfig) -> tuple[Callable[[int, SlotBatch], Any], int]:
     """A function that trains one step, and the number of weights in matmuls."""
+    # torch.compile makes its own kernels from the plain operations.
+    set_backend("triton" if rule == "latent" else "torch")
     if rule == "latent":
         with torch.device("cuda"):
             model = ARBModel(config, seed=0)
         optimizer = TernaryOptimizer(
             model, UpdateConfig(), total_steps=1000, slots_per_step=1, seed=0
         )
+        run_slot = SlotRunner(model, optimizer)
         weights = [w for _, w in model.ternary_weights() if not isinstance(w, TernaryEmbedding)]
         return (
-            lambda i, batch: train_step(model, optimizer, i, [batch]),
-            sum(weight.latent.numel() for weight in weights),
+            lambda i, batch: train_step(run_slot, i, [batch]),
+            sum(weight.num_weights for weight in weights),
         )
     with torch.device("cuda"):
         model = float_model(config, rule, seed=0)
     adamw = make_adamw(model, lr=1e-3, fused=True)
-    compiled = torch.compile(model)
+    torch.compiler.reset()  # else another size of slot would be compiled for every size
+    compiled = torch.compile(model, dynamic=False)
 
     def float_step(i: int, batch: SlotBatch) -> None:
         compiled(batch).backward()
@@ -129,17 +141,6 @@ def prepare(rule: str, config: ModelConfig) -> tuple[Callable[[int, SlotBatch], 
 
     embedding = model.text_encoder.embedding.weight.numel()
     return float_step, sum(p.numel() for p in model.parameters()) - embedding
-
-
-def print_profile(step: Callable[[], Any]) -> None:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        step()
-        torch.cuda.synchronize()
-    table = profile.key_averages().table(
-        sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=60
-    )
-    lines = [line[:62] + line[-60:] for line in table.splitlines()]
-    print("\n".join(lines), flush=True)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ class RunConfig:
     eval_interval: int = 200  # 0 = never; otherwise also after the last step
     save_interval: int = 200  # 0 = only after the last step
     save: bool = True
+    profile: bool = False  # write down where the time of one step goes
     log_slots: bool = False  # write down the rows and a hash of every slot that a worker computed
     model: ModelConfig = field(default_factory=ModelConfig)
     update: UpdateConfig = field(default_factory=UpdateConfig)
@@ -74,6 +75,7 @@ class RunConfig:
         for name in ("num_workers", "threads_per_worker"):
             if getattr(self.scaling, name) < 1:
                 raise UserError(f"scaling.{name}: expected at least 1")
+        self.update.check_activation(self.model.activation)
         if self.data.slots_per_step > MAX_SLOTS:
             raise UserError(
                 f"data.slots_per_step: expected at most {MAX_SLOTS} (their sum must stay exact),"
@@ -113,6 +115,7 @@ _FLAGS = {
     "--seed": ("seed", "seed of data order and weights"),
 }
 _SWITCHES = {
+    "--profile": ({"profile": True}, "write where the time of one step goes to profile.txt"),
     "--no-save": ({"save": False}, "write no checkpoint"),
     "--no-vq": ({"model.enable_vq": False}, "without the VQ bridge"),
     "--no-graph": ({"model.enable_graph": False}, "without MoEGraph"),

@@ -25,13 +25,21 @@ from ray_jobs.console import Console
 from ray_jobs.journal import NAME as JOURNAL
 from ray_jobs.journal import JournalReader
 from ray_jobs.tracking import NOTE, Tracker, flatten
-from ray_jobs.worker import CHECKPOINTS, DATA_MANIFEST, run_worker
+from ray_jobs.worker import CHECKPOINTS, DATA_MANIFEST, PROFILE, run_worker
 
 CONFIG = "config.yaml"
 DATA_CHANGES = "data-changes.jsonl"  # written where a run went on with other data
 
 # A run that goes on may change these keys and sections; everything else decides its bits.
-_MAY_CHANGE = ("steps", "log_interval", "eval_interval", "save_interval", "save", "log_slots")
+_MAY_CHANGE = (
+    "steps",
+    "log_interval",
+    "eval_interval",
+    "save_interval",
+    "save",
+    "log_slots",
+    "profile",
+)
 _MAY_CHANGE += ("storage", "tracking", "scaling.num_workers", "resume")
 _MAY_CHANGE += ("data.decode_tasks", "data.max_bad_fraction")
 
@@ -201,5 +209,7 @@ def closing_lines(config: RunConfig, tracking_uri: str) -> str:
         if key.startswith("validation/")
     ]
     lines.append(f"run folder: {config.folder}")
+    if config.profile:
+        lines.append(f"profile:    {config.folder / PROFILE}")
     lines.append(f"dashboard:  mlflow ui --backend-store-uri {tracking_uri}")
     return "\n".join(lines)

@@ -28,6 +28,7 @@ from arbitor.kernel.backend import set_backend
 from arbitor.main import ARBModel
 from arbitor.modality import BYTE_MODALITIES
 from arbitor.optimizer import TernaryOptimizer
+from arbitor.profiling import StepProfile
 from arbitor.settings import build
 from arbitor.trainer import StepReport, evaluate, train
 from data_pipeline.bad_rows import BadRows
@@ -41,6 +42,8 @@ from ray_jobs.journal import Journal
 
 CHECKPOINTS = "checkpoints"
 DATA_MANIFEST = "data.json"
+PROFILE = "profile.txt"
+PROFILED_STEP = 5  # of this start of the run: kernels are compiled and recorded by then
 
 
 def run_worker(values: dict[str, Any]) -> None:
@@ -59,7 +62,7 @@ def run_worker(values: dict[str, Any]) -> None:
     slots = begin(bad_rows.watch(stream_slots(data, start, config.steps, rank, world)))
     if config.log_slots:
         slots = log_slots(slots, config.folder / f"slots-{rank}.jsonl")
-    model = ARBModel(config.model, config.seed)
+    model = ARBModel(config.model, config.seed, config.update)
     if checkpoint:
         restore(model, checkpoint, config, data)
     model.to(device)
@@ -72,7 +75,10 @@ def run_worker(values: dict[str, Any]) -> None:
         all_reduce=torch.distributed.all_reduce if world > 1 else None,
     )
     recorder = Recorder(config, data, model, bad_rows) if rank == 0 else None
-    train(model, optimizer, by_step(slots, device), recorder or ignore)
+    profile = None
+    if config.profile and rank == 0:
+        profile = StepProfile(min(start + PROFILED_STEP, config.steps - 1), config.folder / PROFILE)
+    train(model, optimizer, by_step(slots, device), recorder or ignore, profile)
     if recorder:
         recorder.close()
 
@@ -211,6 +217,7 @@ class Recorder:
             "throughput/data_wait_pct": 100 * report.data_wait_seconds / report.seconds,
             "ternary/flip_rate": report.update.flip_rate,
             "ternary/zero_fraction": report.update.zero_fraction,
+            "ternary/saturated_fraction": report.update.saturated_fraction,
             "ternary/clipped_fraction": report.update.clipped_fraction,
         }
 

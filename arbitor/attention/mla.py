@@ -3,21 +3,27 @@
 Queries come through a low-rank projection; keys and values are expanded from one latent a position,
 beside one rotary key that all heads share. Queries and keys are normalized without gain, so logits
 stay bounded whatever the scales of the projections do.
-Shape letters: B sequences, T positions, D width, N heads, H head width, R latent rank.
+Shape letters: B sequences, T positions, D width, N heads, H head width, R latent rank,
+W rotary width, P = W / 2 rotated pairs.
 """
 
+from functools import lru_cache
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from arbitor.kernel.attention.op import attend
+from arbitor.kernel.attention_heads.op import attention_heads
+from arbitor.kernel.attention_heads.reference import fixed_point
 from arbitor.kernel.ternary_scale import TernaryLinear
 
 ROTARY_BASE = 10_000.0
 
 
 class MultiHeadLatentAttention(nn.Module):
-    """bfloat16 [B, T, D] -> bfloat16 [B, T, D]; position t sees positions 0..t of its own row.
+    """bfloat16 [B, T, D] -> bfloat16 [B, T, D], the input with what attention found added.
 
+    Position t sees positions 0..t of its own row.
     Of the H numbers of a head's query and key, the last `rotary_width` carry the position.
     """
 
@@ -32,57 +38,40 @@ class MultiHeadLatentAttention(nn.Module):
         output_gain: float,
     ):
         super().__init__()
-        self.num_heads, self.head_width = num_heads, head_width
-        self.rotary_width, self.content_width = rotary_width, head_width - rotary_width
+        self.num_heads, self.rotary_width = num_heads, rotary_width
         self.latent_rank = latent_rank
         # Query rank, latent and shared rotary key from one matrix: one norm, one read.
         self.compress = TernaryLinear(width, 2 * latent_rank + rotary_width, activation)
         self.expand_query = TernaryLinear(latent_rank, num_heads * head_width, activation)
+        # Of each head the content part of the key, then the value.
         self.expand_latent = TernaryLinear(
-            latent_rank, num_heads * (self.content_width + head_width), activation
+            latent_rank, num_heads * (head_width - rotary_width + head_width), activation
         )
         self.output = TernaryLinear(num_heads * head_width, width, activation, gain=output_gain)
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
-        query_low_BTR, latent_BTR, rotary_key_BTH = self.compress(hidden_BTD).split(
+        compressed_BTX, hidden_BTD = self.compress.fork(hidden_BTD)
+        query_low_BTR, latent_BTR, rotary_key_BTW = compressed_BTX.split(
             [self.latent_rank, self.latent_rank, self.rotary_width], dim=-1
         )
-        query_BNTH = self._queries(query_low_BTR)
-        key_BNTH, value_BNTH = self._keys_and_values(latent_BTR, rotary_key_BTH)
-        mixed_BNTH = F.scaled_dot_product_attention(
-            query_BNTH, key_BNTH, value_BNTH, is_causal=True
+        query_BTNH, key_BTNH, value_BTNH = attention_heads(
+            self.expand_query(query_low_BTR),
+            self.expand_latent(latent_BTR),
+            rotary_key_BTW,
+            rotation_table(hidden_BTD.shape[1], self.rotary_width // 2, hidden_BTD.device),
+            self.num_heads,
         )
-        return self.output(mixed_BNTH.transpose(1, 2).flatten(2))
-
-    def _queries(self, query_low_BTR: Tensor) -> Tensor:
-        query_BNTH = self._split_heads(self.expand_query(query_low_BTR), self.head_width)
-        content, rotary = query_BNTH.split([self.content_width, self.rotary_width], dim=-1)
-        return torch.cat([_normalize(content), rotate(_normalize(rotary))], dim=-1)
-
-    def _keys_and_values(self, latent_BTR: Tensor, rotary_key_BTH: Tensor) -> tuple[Tensor, Tensor]:
-        expanded = self._split_heads(
-            self.expand_latent(latent_BTR), self.content_width + self.head_width
-        )
-        content, value_BNTH = expanded.split([self.content_width, self.head_width], dim=-1)
-        rotary = rotate(_normalize(rotary_key_BTH)).unsqueeze(1)
-        rotary = rotary.expand(-1, self.num_heads, -1, -1)
-        return torch.cat([_normalize(content), rotary], dim=-1), value_BNTH
-
-    def _split_heads(self, x_BTX: Tensor, width: int) -> Tensor:
-        return x_BTX.unflatten(-1, (self.num_heads, width)).transpose(1, 2)
+        mixed_BTNH = attend(query_BTNH, key_BTNH, value_BTNH)
+        return hidden_BTD + self.output(mixed_BTNH.flatten(2))
 
 
-def rotate(x: Tensor) -> Tensor:
-    """Rotary embedding (Su et al. 2021, section 3.4.2) of [..., T, H]; angles in float32."""
-    length, half = x.shape[-2], x.shape[-1] // 2
-    channel = torch.arange(half, dtype=torch.float32, device=x.device)
-    position = torch.arange(length, dtype=torch.float32, device=x.device)
-    angle = position.unsqueeze(-1) * ROTARY_BASE ** (-channel / half)
-    cos, sin = angle.cos(), angle.sin()
-    first, second = x.float().chunk(2, dim=-1)
-    rotated = torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
-    return rotated.to(x.dtype)
+@lru_cache(maxsize=64)
+def rotation_table(length: int, num_pairs: int, device: torch.device) -> Tensor:
+    """Cosines and sines [2, T, P] of the rotary angles of positions 0..T-1, int16 fixed point.
 
-
-def _normalize(x: Tensor) -> Tensor:
-    return F.rms_norm(x, (x.shape[-1],))
+    Made on the device and kept: a step that is replayed as a CUDA graph finds it there.
+    """
+    pair = torch.arange(num_pairs, dtype=torch.float64, device=device)
+    position = torch.arange(length, dtype=torch.float64, device=device)
+    angle = position.unsqueeze(-1) * ROTARY_BASE ** (-pair / num_pairs)
+    return fixed_point(torch.stack([angle.cos(), angle.sin()]))

@@ -3,9 +3,9 @@
 Shape letters: B sequences, T positions, D width.
 """
 
-import torch.nn.functional as F
-from torch import Tensor, cat, nn
+from torch import Tensor, nn
 
+from arbitor.kernel.causal_window.op import causal_window
 from arbitor.kernel.ternary_scale import TernaryEmbedding, TernaryLinear
 from arbitor.vocab import VOCAB_SIZE
 
@@ -23,9 +23,7 @@ class TextSequencer(nn.Module):
         self.projection = TernaryLinear(WINDOW * width, width, activation)
 
     def forward(self, embedded_BTD: Tensor) -> Tensor:
-        length = embedded_BTD.shape[1]
-        padded = F.pad(embedded_BTD, (0, 0, WINDOW - 1, 0))
-        return self.projection(cat([padded[:, i : i + length] for i in range(WINDOW)], dim=-1))
+        return self.projection(causal_window(embedded_BTD, WINDOW))
 
 
 class TextEncoder(nn.Module):

@@ -1,7 +1,6 @@
 """Which implementation of the ternary ops runs, and which one really did.
 
-One function per op in `rms_norm/op.py`, `matmul/op.py` and `embedding/op.py` asks here and counts
-the path that it took.
+One function per op in the `op.py` of its folder asks here and counts the path that it took.
 """
 
 import os
@@ -56,23 +55,39 @@ def active_backend() -> str:
 
 
 def runs_triton(tensor: Tensor) -> bool:
-    """Whether an op on `tensor` takes the Triton path, as what TileLang does not cover does too."""
-    if active_backend() == "torch":
+    """Whether an op on `tensor` takes the Triton path, as what TileLang does not cover does too.
+
+    Where torch.compile traces an op, it gets the plain torch that it can fuse.
+    """
+    if torch.compiler.is_compiling() or active_backend() == "torch":
         return False
     return tensor.is_cuda or (active_backend() == "triton" and _interpreting())
 
 
-def refuse_tilelang_training() -> None:
-    """Raises under the backend tilelang, which is for inference, unless the variable is set."""
-    if active_backend() == "tilelang" and os.environ.get(TILELANG_TRAINING_VARIABLE) != "1":
+def refuse_tilelang_training(rule: str) -> None:
+    """Raises under the backend tilelang, which is for inference, unless the variable is set.
+
+    Even then it trains with the rule `bigint` alone: its correlation runs as a Triton kernel, on
+    gradients of plain matmuls.
+    """
+    if active_backend() != "tilelang":
+        return
+    if os.environ.get(TILELANG_TRAINING_VARIABLE) != "1":
         raise UserError(
             "backend tilelang is for inference; train with --backend triton, or set"
-            f" {TILELANG_TRAINING_VARIABLE}=1 to train with it all the same"
+            f" {TILELANG_TRAINING_VARIABLE}=1 to train with update.rule=bigint all the same"
+        )
+    if rule != "bigint":
+        raise UserError(
+            f"backend tilelang: {TILELANG_TRAINING_VARIABLE}=1 trains with update.rule=bigint"
+            f" alone, got {rule}; set that rule or --backend triton"
         )
 
 
 def count_path(op: str, path: str) -> None:
-    """Notes that `op` ran on `path`: torch, triton, cublas or tilelang."""
+    """Notes that `op` ran on `path`: torch, triton, cublas or tilelang; nothing when compiled."""
+    if torch.compiler.is_compiling():
+        return
     _path_counts[op, path] += 1
 
 

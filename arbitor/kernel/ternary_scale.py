@@ -1,8 +1,10 @@
 """TernaryLinear and TernaryEmbedding: modules whose only state is integers.
 
-A weight is 2^(log2_scale / 256) * trit. Nothing here is an `nn.Parameter`: the backward pass leaves
-a float gradient of the effective weight for one slot, which the optimizer turns into integers.
-Shape letters: N outputs (rows), K inputs (columns), M positions, D width, V symbols.
+A weight is 2^(log2_scale / 256) * trit, where groups of a row have scales of their own times those.
+Nothing here is an `nn.Parameter`: the backward pass leaves a float gradient of the effective weight
+for one slot, which the optimizer turns into integers.
+Shape letters: N outputs (rows), K inputs (columns), M positions, X columns that a linear is given,
+D width, V symbols.
 """
 
 from dataclasses import fields
@@ -11,7 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from arbitor.kernel.backend import refuse_tilelang_training
+from arbitor.kernel.correlation.state import (
+    CorrelationState,
+    init_correlation_state,
+    relative_log2_scale,
+)
 from arbitor.kernel.embedding.op import lookup, lookup_backward
+from arbitor.kernel.latent_update.group_exponents import (
+    group_operand,
+    scale_of_largest_group,
+    spread_over_groups,
+)
+from arbitor.kernel.latent_update.packed import stored_state, unpack_latent
 from arbitor.kernel.latent_update.state import (
     TernaryState,
     blank_state,
@@ -19,12 +32,14 @@ from arbitor.kernel.latent_update.state import (
     trits,
 )
 from arbitor.kernel.matmul import op as matmul
+from arbitor.kernel.matmul.plane import unpack_plane
 from arbitor.kernel.matmul.quantize import Quantized
 from arbitor.kernel.rms_norm.op import normalize, normalize_backward
+from arbitor.kernel.state_format import StateFormat
 
 
 class TernaryWeight(nn.Module):
-    """The integer state of one [N, K] weight matrix (`TernaryState`) as buffers.
+    """The integer state of one [N, K] weight matrix as buffers: those of the rule it learns by.
 
     `rate` multiplies the latent rate of the update rule: tables and heads learn slower.
     """
@@ -32,30 +47,71 @@ class TernaryWeight(nn.Module):
     def __init__(self, num_rows: int, num_cols: int, gain: float = 1.0, rate: str = "matrix"):
         super().__init__()
         self.num_rows, self.num_cols, self.gain, self.rate = num_rows, num_cols, gain, rate
+        self.format = StateFormat()
         self.slot_gradient: Tensor | None = None  # [N, K], between backward and optimizer
         self.load(blank_state(num_rows, num_cols))
 
-    def initialize(self, seed: int, name: str) -> None:
+    def initialize(self, seed: int, name: str, format: StateFormat | None = None) -> None:
         """Fresh state keyed by the seed and the tensor's qualified name."""
-        self.load(init_state(self.num_rows, self.num_cols, self.gain, seed, name))
+        self.format = format or StateFormat()
+        start = (self.num_rows, self.num_cols, self.gain, seed, name)
+        if self.format.rule == "bigint":
+            self.load(init_correlation_state(*start, self.format.correlation_group))
+        else:
+            self.load(stored_state(init_state(*start), self.format))
 
-    def load(self, state: TernaryState) -> None:
-        for field in fields(TernaryState):
+    def load(self, state: TernaryState | CorrelationState) -> None:
+        self._state_type = type(state)
+        self._buffers.clear()
+        for field in fields(state):
             self.register_buffer(field.name, getattr(state, field.name))
 
-    def state(self) -> TernaryState:
+    def state(self) -> TernaryState | CorrelationState:
         """The buffers themselves, not copies."""
-        return TernaryState(
-            **{field.name: getattr(self, field.name) for field in fields(TernaryState)}
+        return self._state_type(
+            **{field.name: getattr(self, field.name) for field in fields(self._state_type)}
         )
 
+    @property
+    def num_weights(self) -> int:
+        return self.num_rows * self.num_cols
+
+    def latents(self) -> Tensor:
+        """int8 [N, K]: the buffer itself, or what its packed form holds, unpacked anew."""
+        if self.format.latent_bits == 6:
+            return unpack_latent(self.latent, self.num_cols)
+        return self.latent
+
+    def trits(self) -> Tensor:
+        """int8 [N, K] of -1, 0, 1."""
+        if self.format.rule == "bigint":
+            return unpack_plane(self.plane, self.num_cols)
+        return trits(self.latents())
+
     def operand(self) -> Tensor:
-        """bfloat16 trits [N, K], decoded anew at each use."""
-        return trits(self.latent).to(torch.bfloat16)
+        """bfloat16 [N, K]: trits, times their group's scale over `row_scale` if it has one."""
+        if self.format.rule == "latent" and self.format.group_size:
+            return group_operand(self.trits(), self.group_exponent, self.format.group_size)
+        operand_NK = self.trits().to(torch.bfloat16)
+        if self.format.rule == "bigint":
+            group_size = self.format.correlation_group
+            log2_scale_NG = relative_log2_scale(self.state(), group_size)
+            scale_NG = matmul.row_scale(log2_scale_NG.flatten()).view_as(log2_scale_NG)
+            scale_NG = scale_NG.to(torch.bfloat16)
+            operand_NK *= spread_over_groups(scale_NG, group_size, self.num_cols)
+        return operand_NK
+
+    def kernel_operand(self) -> Tensor:
+        """What matmuls and lookups take: int8 latents, or the operand where groups have scales."""
+        has_groups = self.format.rule == "bigint" or self.format.group_size
+        return self.operand() if has_groups else self.latents()
 
     def row_scale(self) -> Tensor:
-        """float32 2^(log2_scale / 256), [N]."""
-        return matmul.row_scale(self.log2_scale)
+        """float32 [N]: 2^(log2_scale / 256), times the largest of the row's group octaves."""
+        log2_scale_N = self.log2_scale
+        if self.format.rule == "latent" and self.format.group_size:
+            log2_scale_N = scale_of_largest_group(log2_scale_N, self.group_exponent)
+        return matmul.row_scale(log2_scale_N)
 
     def add_gradient(self, grad_NK: Tensor) -> None:
         """Sums the uses of this weight in one slot, in the fixed order of the backward pass.
@@ -68,7 +124,10 @@ class TernaryWeight(nn.Module):
 
 
 class TernaryLinear(TernaryWeight):
-    """Gain-free RMSNorm, quantized activations, ternary matmul; no bias. [..., K] -> [..., N]."""
+    """Gain-free RMSNorm, quantized activations, ternary matmul; no bias. [..., K] -> [..., N].
+
+    A gated one takes [..., 2 K], gates and then what they let through: it starts with their SwiGLU.
+    """
 
     def __init__(
         self,
@@ -77,15 +136,23 @@ class TernaryLinear(TernaryWeight):
         activation: str,
         gain: float = 1.0,
         rate: str = "matrix",
+        gated: bool = False,
     ):
         super().__init__(num_outputs, num_inputs, gain, rate)
-        self.activation = activation
+        self.activation, self.gated = activation, gated
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.fork(x)[0]
+
+    def fork(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The output, and x for a residual stream that goes past the linear.
+
+        What comes back along the stream is added inside the norm's gradient: a pass less.
+        """
         if torch.is_grad_enabled():
-            refuse_tilelang_training()
-        y_MN = _LinearFunction.apply(x.reshape(-1, self.num_cols), self)
-        return y_MN.view(*x.shape[:-1], self.num_rows)
+            refuse_tilelang_training(self.format.rule)
+        y_MN, x_MX = _LinearFunction.apply(x.reshape(-1, x.shape[-1]), self)
+        return y_MN.view(*x.shape[:-1], self.num_rows), x_MX.view(x.shape)
 
 
 class TernaryEmbedding(TernaryWeight):
@@ -104,27 +171,35 @@ class TernaryEmbedding(TernaryWeight):
 class _LinearFunction(torch.autograd.Function):
     """Saves one byte an element: the codes, from which backward takes the normalized input too.
 
-    The gradient passes the quantizer unchanged (straight-through).
+    Before a gated linear gates and values are kept as well. The gradient passes the quantizer
+    unchanged (straight-through).
     """
 
     @staticmethod
-    def forward(ctx, x_MK: Tensor, linear: TernaryLinear) -> Tensor:
-        for_backward = any(ctx.needs_input_grad)
-        x, saved, inverse_rms_M = normalize(x_MK, linear.activation, for_backward)
+    def forward(ctx, x_MX: Tensor, linear: TernaryLinear) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)  # none made up where x does not go on
+        for_backward, row_scale_N = any(ctx.needs_input_grad), linear.row_scale()
+        x, saved, inverse_rms_M = normalize(x_MX, linear.activation, for_backward, linear.gated)
         if for_backward:
-            ctx.linear, ctx.input_dtype = linear, x_MK.dtype
-            ctx.save_for_backward(saved.codes, saved.scale, inverse_rms_M)
-        return matmul.forward(x, linear.latent, linear.row_scale())
+            ctx.linear, ctx.input_dtype = linear, x_MX.dtype
+            gate_and_up_MX = x_MX if linear.gated else None
+            ctx.save_for_backward(
+                saved.codes, saved.scale, inverse_rms_M, row_scale_N, gate_and_up_MX
+            )
+        return matmul.forward(x, linear.kernel_operand(), row_scale_N), x_MX
 
     @staticmethod
-    def backward(ctx, grad_MN: Tensor) -> tuple[Tensor, None]:
-        codes, scale, inverse_rms_M = ctx.saved_tensors
+    def backward(ctx, grad_MN: Tensor, residual_MX: Tensor | None) -> tuple[Tensor, None]:
+        codes, scale, inverse_rms_M, row_scale_N, gate_and_up_MX = ctx.saved_tensors
         linear, x = ctx.linear, Quantized(codes, scale)
         grad_MK, grad_NK = matmul.backward(
-            grad_MN, x, linear.latent, linear.row_scale(), linear.activation
+            grad_MN, x, linear.kernel_operand(), row_scale_N, linear.activation
         )
         linear.add_gradient(grad_NK)
-        return normalize_backward(grad_MK, x, inverse_rms_M, ctx.input_dtype), None
+        grad_MX = normalize_backward(
+            grad_MK, x, inverse_rms_M, ctx.input_dtype, gate_and_up_MX, residual_MX
+        )
+        return grad_MX, None
 
 
 class _EmbeddingFunction(torch.autograd.Function):
@@ -132,7 +207,7 @@ class _EmbeddingFunction(torch.autograd.Function):
     def forward(ctx, anchor: Tensor, indices_M: Tensor, table: TernaryEmbedding) -> Tensor:
         ctx.table = table
         ctx.save_for_backward(indices_M)
-        return lookup(indices_M, table.latent, table.row_scale())
+        return lookup(indices_M, table.kernel_operand(), table.row_scale())
 
     @staticmethod
     def backward(ctx, grad_MD: Tensor) -> tuple[None, None, None]:

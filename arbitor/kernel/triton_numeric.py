@@ -78,3 +78,19 @@ def widen(x):
         return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
         return x
+
+
+@triton.jit
+def loop_bound(x):
+    """x, an integer up to which a kernel counts: the interpreter needs a Python number."""
+    if INTERPRET:
+        return x if isinstance(x, int) else x.handle.data.item()
+    return x
+
+
+@triton.jit
+def dot(a, b, accumulator=None):
+    """float32 matmul of bfloat16 operands, which the interpreter takes for integers."""
+    if INTERPRET:
+        a, b = widen(a), widen(b)
+    return tl.dot(a, b, accumulator)

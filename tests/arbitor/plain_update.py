@@ -19,11 +19,16 @@ def clamp(x: int, low: int, high: int) -> int:
     return max(low, min(high, x))
 
 
-def plain_update(state, grad_sum, fmt, rates, key) -> dict[str, list]:
+def plain_update(
+    state, grad_sum, fmt, rates, key, momentum_bits=8, latent_bits=8
+) -> dict[str, list]:
     """Every tensor of the state after one update, by the formulas of the specification."""
     N, K = state.latent.shape
     G, a, m = grad_sum.tolist(), state.latent.tolist(), state.momentum.tolist()
     me, R, C = (x.tolist() for x in (state.momentum_exponent, state.row_moment, state.col_moment))
+    # Latents count in steps of 4 where they have 6 bits.
+    step = {8: 1, 6: 4}[latent_bits]
+    largest, largest_m = {8: 127, 6: 31}[latent_bits], {8: 127, 4: 7}[momentum_bits]
     T, V, E = int(state.tensor_moment), state.scale_moment.tolist(), state.log2_scale.tolist()
     t = int(state.num_updates) + 1
     gb = (fmt.slots_per_step * fmt.qmax).bit_length()
@@ -50,24 +55,25 @@ def plain_update(state, grad_sum, fmt, rates, key) -> dict[str, list]:
         new_a, new_m, new_me, scale_grad = [], [], [], 0
         for g in range(0, K, 64):
             lanes = range(g, min(g + 64, K))
-            places = clamp(me[i][g // 64] + e[i] + fraction, -31, 15)
+            places = clamp(me[i][g // 64] + e[i] + fraction, -31, {8: 15, 4: 19}[momentum_bits])
             X = {j: shifted(230 * m[i][j], places) + 26 * (G[i][j] << fraction) for j in lanes}
             peak = max(abs(x) for x in X.values())
             assert peak < 1 << 30
-            s = max(0, peak.bit_length() - 7)
+            s = max(0, peak.bit_length() - largest_m.bit_length())
             exponent = clamp(s - (e[i] + fraction + 8), -128, 127) if peak else -128
             new_me.append(exponent)
             for j in lanes:
                 noise = fp.mix(((i * K + j) ^ key) & 0xFFFFFFFF)
-                high, low = noise >> 16, noise & 0xFFFF
-                new_m.append(clamp((X[j] + shifted(high, s - 16)) >> s, -127, 127))
+                high, low = noise >> 16, noise % (65536 * step)
+                new_m.append(clamp((X[j] + shifted(high, s - 16)) >> s, -largest_m, largest_m))
                 xi = T - R[i] + rates.log2_latent_rate + bias
                 zeta = -C[j]
                 P = new_m[-1] * int(fp.POW2_Q11[xi & 255]) * int(fp.POW2_Q11[zeta & 255])
                 assert abs(P) < 1 << 31
                 places = clamp(clamp(6 - ((xi >> 8) + exponent), -64, 64) - (zeta >> 8), 0, 31)
                 D = clamp(P >> places, -rates.max_latent_step, rates.max_latent_step)
-                new_a.append(clamp(a[i][j] - ((D + low) >> 16), -127, 127))
+                code = a[i][j] // step - (D + low) // (65536 * step)
+                new_a.append(step * clamp(code, -largest, largest))
                 scale_grad += X[j] * trit(a[i][j])
                 col_squares[j] += (G[i][j] ** 2 << column_shift) >> min(62, 2 * (e[i] - min(e)))
         after["latent"].append(new_a)

@@ -5,9 +5,8 @@ import torch
 
 from arbitor.audit import audit_command, bits_per_weight, live_tensors, one_step
 from arbitor.errors import UserError
-from arbitor.kernel.latent_update.state import (
-    init_state,
-)
+from arbitor.kernel.state_format import StateFormat
+from arbitor.kernel.ternary_scale import TernaryWeight
 from arbitor.main import ARBModel, ModelConfig
 from arbitor.optimizer import UpdateConfig
 
@@ -17,17 +16,16 @@ model: {width: 64, num_layers: 1, head_width: 32, rotary_width: 16, enable_atten
 """
 
 
-@pytest.fixture
-def config_file(tmp_path):
+MODEL = ModelConfig(width=64, num_layers=1, head_width=32, rotary_width=16, enable_attention=True)
+
+
+@pytest.mark.parametrize("rule", ["latent", "bigint"])
+def test_lists_every_tensor_and_finds_no_float(rule, tmp_path, capsys):
     path = tmp_path / "tiny.yaml"
-    path.write_text(CONFIG)
-    return str(path)
-
-
-def test_lists_every_tensor_and_finds_no_float(config_file, capsys):
-    assert audit_command([config_file]) == 0
+    path.write_text(CONFIG + f"update: {{rule: {rule}}}\n")
+    assert audit_command([str(path)]) == 0
     printed = capsys.readouterr().out
-    model = ARBModel(ModelConfig(width=64, num_layers=1, head_width=32, rotary_width=16), seed=0)
+    model = ARBModel(MODEL, 0, StateFormat(rule=rule))
     assert all(name in printed for name in model.state_dict())
     assert "weights" in printed and "FLOAT" not in printed
 
@@ -52,10 +50,41 @@ def test_a_planted_float_is_found(where):
 
 @pytest.mark.parametrize(("rows", "cols"), [(256, 256), (1024, 1024), (1376, 256), (288, 4096)])
 def test_bits_per_weight_follow_the_formula(rows, cols):
-    bits = bits_per_weight(init_state(rows, cols, gain=1.0, seed=0, name="x"))
+    bits = bits_per_weight(TernaryWeight(rows, cols))
     per_matrix = 16 + 32  # tensor moment and number of updates
     assert bits == pytest.approx(16.125 + 48 / cols + 16 / rows + per_matrix / (rows * cols))
     assert bits <= 16.5
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(128, 1024), (100, 101)])
+@pytest.mark.parametrize(
+    ("options", "bits"),
+    [
+        ({"momentum_bits": 4}, 8 + 4),
+        ({"latent_bits": 6}, 6 + 8),
+        ({"momentum_bits": 4, "latent_bits": 6}, 6 + 4),
+        ({"group_size": 32}, 8 + 8 + 8 / 32),
+        ({"momentum_bits": 4, "latent_bits": 6, "group_size": 16}, 6 + 4 + 8 / 16),
+    ],
+    ids=str,
+)
+def test_bits_of_the_state_options(options, bits, rows, cols):
+    weight = TernaryWeight(rows, cols)
+    weight.initialize(0, "x", StateFormat(**options))
+    per_matrix = 16 + 32  # tensor moment and number of updates
+    expected = bits + 8 / 64 + 48 / cols + 16 / rows + per_matrix / (rows * cols)
+    # Rows of packed planes and of groups end with whole bytes: at most four bytes a row unused.
+    unused = 4 * 8 / cols if cols % 64 else 0
+    assert expected - 1e-9 <= bits_per_weight(weight) <= expected + unused + 1e-9
+
+
+@pytest.mark.parametrize(("group_size", "bits_of_groups"), [(0, 8), (32, 2), (256, 0.25)])
+def test_bits_of_the_bigint_rule(group_size, bits_of_groups):
+    weight = TernaryWeight(128, 1024)
+    weight.initialize(0, "x", StateFormat(rule="bigint", group_size=group_size))
+    per_matrix = 64  # step counter
+    expected = 2 + bits_of_groups + 16 / 1024 + per_matrix / (128 * 1024)
+    assert bits_per_weight(weight) == pytest.approx(expected)
 
 
 def test_the_command_needs_one_file():

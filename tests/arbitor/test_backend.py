@@ -1,6 +1,7 @@
 """Choice of the backend, the paths that ops really take, and what TileLang refuses."""
 
 import importlib.util
+import sys
 import warnings
 
 import pytest
@@ -8,6 +9,9 @@ import torch
 
 from arbitor.errors import UserError
 from arbitor.kernel import backend
+from arbitor.kernel import matmul as matmul_package
+from arbitor.kernel.matmul.reference import matmul_forward
+from arbitor.kernel.state_format import StateFormat
 from arbitor.kernel.ternary_scale import TernaryEmbedding, TernaryLinear
 
 ON_GPU = torch.cuda.is_available()
@@ -25,9 +29,9 @@ def fresh_backend(monkeypatch):
     backend.clear_path_counts()
 
 
-def make_linear(activation="fp8", device="cpu"):
+def make_linear(activation="fp8", device="cpu", rule="latent"):
     linear = TernaryLinear(96, 40, activation)
-    linear.initialize(seed=3, name="linear")
+    linear.initialize(seed=3, name="linear", format=StateFormat(rule=rule))
     return linear.to(device)
 
 
@@ -100,6 +104,28 @@ def test_a_linear_learns_the_same_on_both_paths(activation):
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+@pytest.mark.parametrize("activation", ["fp8", "int8"])
+def test_groups_with_scales_learn_the_same_on_both_paths(activation):
+    """Norm and quantizer on their paths, the matmuls plain bfloat16 ones on both."""
+    torch.manual_seed(0)
+    x, grad = torch.randn(33, 96), torch.randn(33, 40).bfloat16()
+    results = []
+    for name in ("torch", "triton"):
+        backend.set_backend(name)
+        device = "cuda" if ON_GPU and name == "triton" else "cpu"
+        linear, leaf = make_linear(activation, "cpu", "bigint"), x.to(device).requires_grad_()
+        linear.corr_accum.random_(-500, 500, generator=torch.Generator().manual_seed(1))
+        linear.step_counter.fill_(17)
+        linear.to(device)
+        y = linear(leaf)
+        y.backward(grad.to(device))
+        results.append([t.float().cpu() for t in (y, leaf.grad, linear.slot_gradient)])
+    for ours, reference in zip(*results, strict=True):
+        # A bfloat16 rounding here and there; a code off by one moves a sum by less.
+        assert (ours - reference).norm() / reference.norm() < 2**-7
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 def test_an_embedding_is_the_same_on_both_paths():
     torch.manual_seed(0)
     indices, grad = torch.randint(0, 7, (2, 20)), torch.randn(2, 20, 24).bfloat16()
@@ -122,9 +148,17 @@ def test_an_embedding_is_the_same_on_both_paths():
         assert torch.equal(ours, reference)
 
 
-def test_training_with_tilelang_names_the_variable(monkeypatch):
+def test_training_with_tilelang_names_the_variable():
     backend.set_backend("tilelang")
-    with pytest.raises(UserError, match="ARB_TILELANG_TRAINING=1"):
+    for rule in ("latent", "bigint"):
+        with pytest.raises(UserError, match="ARB_TILELANG_TRAINING=1 to train with update.rule"):
+            make_linear(rule=rule)(torch.randn(3, 96))
+
+
+def test_the_variable_trains_with_the_correlation_alone(monkeypatch):
+    backend.set_backend("tilelang")
+    monkeypatch.setenv(backend.TILELANG_TRAINING_VARIABLE, "1")
+    with pytest.raises(UserError, match="update.rule=bigint alone, got latent; set that rule"):
         make_linear()(torch.randn(3, 96))
 
 
@@ -137,4 +171,28 @@ def test_tilelang_that_is_missing_says_how_to_install_it(monkeypatch):
         make_linear()(torch.randn(3, 96))
     monkeypatch.setenv(backend.TILELANG_TRAINING_VARIABLE, "1")
     with pytest.raises(UserError, match="not installed"):
-        make_linear()(torch.randn(3, 96))
+        make_linear(rule="bigint")(torch.randn(3, 96))
+
+
+class PlainMatmul:
+    """Stands where TileLang's matmul would: a GPU with TileLang is needed for that one."""
+
+    @staticmethod
+    def matmul_forward(x, weight_NK, row_scale_N):
+        assert weight_NK.dtype == torch.bfloat16
+        return matmul_forward(x, weight_NK, row_scale_N)
+
+
+def test_the_backward_pass_beside_tilelang_is_the_torch_paths(monkeypatch):
+    """With the variable set, rule `bigint`: forward asks TileLang, the gradients are plain."""
+    monkeypatch.setenv(backend.TILELANG_TRAINING_VARIABLE, "1")
+    monkeypatch.setitem(sys.modules, "arbitor.kernel.matmul.tilelang", PlainMatmul)
+    monkeypatch.setattr(matmul_package, "tilelang", PlainMatmul, raising=False)
+    gradients = []
+    for name in ("tilelang", "torch"):
+        backend.set_backend(name)
+        linear = make_linear(rule="bigint")
+        linear(torch.linspace(-1, 1, 960).view(10, 96).requires_grad_()).sum().backward()
+        gradients.append(linear.slot_gradient)
+    assert backend.path_counts()["matmul.forward", "tilelang"] == 1
+    assert torch.equal(*gradients)

@@ -10,8 +10,10 @@ from arbitor.kernel.latent_update import moments, slots
 from arbitor.kernel.latent_update import reference as rule
 from arbitor.kernel.latent_update import state as start
 from arbitor.kernel.latent_update.slots import slot_format
+from arbitor.kernel.state_format import INT8
 from tests.arbitor.plain_update import plain_update
 from tests.arbitor.update_cases import (
+    FORMATS,
     RATES,
     SHAPES,
     fresh_state,
@@ -24,34 +26,48 @@ from tests.arbitor.update_cases import (
 @pytest.mark.parametrize("slots", [4, 16, 17, 300])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 70), (9, 63), (5, 65), (12, 192)])
 def test_update_is_the_specification(monkeypatch, shape, slots):
+    steps_are_the_specification(monkeypatch, shape, slots, INT8)
+
+
+@pytest.mark.parametrize("slots", [4, 300])
+@pytest.mark.parametrize("shape", [(1, 70), (9, 63), (12, 192)])
+@pytest.mark.parametrize("format", FORMATS[1:], ids=str)
+def test_update_in_fewer_bits_is_the_specification(monkeypatch, shape, slots, format):
+    steps_are_the_specification(monkeypatch, shape, slots, format)
+
+
+def steps_are_the_specification(monkeypatch, shape, slots, format):
     monkeypatch.setattr(fp, "BLOCK_ELEMENTS", 4 * shape[1])
     fmt = slot_format(slots)
     grads = [random_gradient(*shape, seed) for seed in range(2)]
     grads[0][shape[0] // 2] *= 2.0**-24  # a row far below the rest: its columns' share is cut
     grads[1][shape[0] // 2] = 0
-    state = fresh_state(*shape, grads)
+    state = fresh_state(*shape, grads, format)
+    bits = (format.momentum_bits, format.latent_bits)
     scales = [1.0, 1.0, 50.0, 0.0, 2.0**-12, 0.3]
     for step, scale in enumerate(scales):
         total = slot_sum(state, [grad * scale for grad in grads], fmt, step)
         key = fp.stream_key(1, step, 7, fp.STREAM_UPDATE)
-        expected = plain_update(state, total, fmt, RATES, key)
-        rule.update(state, total, fmt, RATES, key)
+        expected = plain_update(state, total, fmt, RATES, key, *bits)
+        rule.update(state, total, fmt, RATES, key, format)
         for name, values in expected.items():
             assert getattr(state, name).tolist() == values, (name, step)
 
 
+@pytest.mark.parametrize("format", FORMATS, ids=str)
 @pytest.mark.parametrize("slots", [4, 16, 17, 300])
-def test_largest_sums_stay_in_range(slots):
-    """Every integer at its bound: sums +-S qmax, momentum +-127 at the largest shift."""
+def test_largest_sums_stay_in_range(slots, format):
+    """Every integer at its bound: sums +-S qmax, momentum at its rail and the largest shift."""
     fmt = slot_format(slots)
-    state = fresh_state(3, 130, [random_gradient(3, 130)])
+    state = fresh_state(3, 130, [random_gradient(3, 130)], format)
     signs = torch.where(random_gradient(3, 130) < 0, -1, 1)
-    state.momentum.copy_(127 * signs)
+    state.momentum.copy_(format.largest_momentum * signs)
     state.momentum_exponent.fill_(127)
-    state.latent.copy_(127 * signs)
+    state.latent.copy_(format.largest_latent * signs)
     total = (slots * fmt.qmax * signs).to(fmt.sum_dtype)
-    expected = plain_update(state, total, fmt, RATES, 5)
-    stats = rule.update(state, total, fmt, RATES, 5)
+    bits = (format.momentum_bits, format.latent_bits)
+    expected = plain_update(state, total, fmt, RATES, 5, *bits)
+    stats = rule.update(state, total, fmt, RATES, 5, format)
     for name, values in expected.items():
         assert getattr(state, name).tolist() == values, name
     assert stats.zeros == 0

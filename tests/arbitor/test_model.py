@@ -5,7 +5,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from arbitor.attention.mla import rotate
 from arbitor.batch import NO_TARGET, SlotBatch
 from arbitor.errors import UserError
 from arbitor.kernel.ternary_scale import TernaryEmbedding, TernaryLinear
@@ -61,6 +60,19 @@ def test_a_weight_that_is_used_twice_sums_its_gradients():
     assert torch.equal(linear.slot_gradient, once + once)
 
 
+def test_what_comes_back_along_a_stream_past_a_linear_joins_its_gradient():
+    linear = TernaryLinear(32, 16, "fp8")
+    linear.initialize(seed=3, name="linear")
+    x = torch.randn(2, 8, 32, requires_grad=True)
+    grads = torch.randn(2, 8, 16).bfloat16(), torch.randn(2, 8, 32)
+    linear(x).backward(grads[0])
+    alone, x.grad = x.grad, None
+    y, stream = linear.fork(x)
+    assert torch.equal(stream, x)
+    torch.autograd.backward([y, stream], grads)
+    assert torch.equal(x.grad, alone + grads[1])
+
+
 def test_embedding_gradient_sums_over_a_symbols_positions():
     table = TernaryEmbedding(5, 16)
     table.initialize(seed=0, name="table")
@@ -73,15 +85,6 @@ def test_embedding_gradient_sums_over_a_symbols_positions():
     )
     assert torch.equal(table.slot_gradient, expected)
     assert torch.equal(out[0, 0], out[0, 2])
-
-
-def test_rotation_keeps_norms_and_depends_on_distance_alone():
-    query, key = torch.randn(1, 12, 16), torch.randn(1, 12, 16)
-    query, key = query[:, :1].expand(1, 12, 16), key[:, :1].expand(1, 12, 16)
-    # float32 rounding of 8 rotated pairs.
-    torch.testing.assert_close(rotate(query).norm(dim=-1), query.norm(dim=-1), rtol=1e-5, atol=0)
-    products = rotate(query)[0] @ rotate(key)[0].T
-    torch.testing.assert_close(products[3, 1], products[9, 7], rtol=1e-4, atol=1e-4)
 
 
 def test_padding_is_never_a_target():

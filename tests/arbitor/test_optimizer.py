@@ -1,16 +1,29 @@
 """The optimizer: exact sums over slots and workers, calibration, refusals; and that it learns."""
 
+import functools
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
 
 from arbitor.batch import SlotBatch
+from arbitor.checkpoint import load_checkpoint, save_checkpoint
+from arbitor.errors import UserError
 from arbitor.main import ARBModel, ModelConfig
 from arbitor.optimizer import NonFiniteError, TernaryOptimizer, UpdateConfig, all_reduce_packed
-from arbitor.trainer import evaluate, train_step
+from arbitor.settings import build
+from arbitor.trainer import SlotRunner, evaluate, train_step
 
 TINY = ModelConfig(width=64, num_layers=1)
-
+VARIANTS = [
+    {},
+    {"rule": "bigint"},
+    {"momentum_bits": 4},
+    {"momentum_bits": 4, "latent_bits": 6},
+    {"group_size": 32},
+]
 
 ALPHABET = 12
 
@@ -28,15 +41,18 @@ def make_batch(step, slot, length=64, sequences=4):
     return SlotBatch.from_symbols(symbols, step=step, slot=slot, source="text", modality="text")
 
 
-def bigram_entropy():
-    """Nats per symbol that knowing one symbol leaves, counted in 400 slots."""
+@functools.cache
+def entropies():
+    """Nats per symbol of unigrams, and of bigrams (one symbol known), counted in 400 slots."""
     counts = np.zeros((ALPHABET, ALPHABET))
     for slot in range(400):
         batch = make_batch(10**6, slot)
         np.add.at(counts, (batch.symbols_BT.flatten(), batch.targets_BT.flatten()), 1)
     joint = counts / counts.sum()
+    alone = joint.sum(axis=0)
     conditional = joint / joint.sum(axis=1, keepdims=True)
-    return float(-(joint[joint > 0] * np.log(conditional[joint > 0])).sum())
+    bigrams = -(joint[joint > 0] * np.log(conditional[joint > 0])).sum()
+    return float(-(alone * np.log(alone)).sum()), float(bigrams)
 
 
 def make_optimizer(model, slots=4, steps=20, all_reduce=None, **config):
@@ -64,17 +80,63 @@ def test_packed_sums_equal_plain_sums_at_the_bound(dtype_slots, shape):
     for part in parts:
         all_reduce_packed(part.clone(), lambda lane: lanes.append(lane.clone()))
     total = sum(lanes[1:], start=lanes[0])
-    result = all_reduce_packed(parts[0].clone(), lambda lane: lane.copy_(total))
+    result = parts[0].clone()
+    all_reduce_packed(result, lambda lane: lane.copy_(total))
     assert torch.equal(result.long(), sum(part.long() for part in parts))
 
 
-def test_the_order_of_the_slots_does_not_matter():
-    models = [ARBModel(TINY, seed=0) for _ in range(2)]
-    for model, order in zip(models, ([0, 1, 2, 3], [2, 0, 3, 1]), strict=True):
-        optimizer = make_optimizer(model)
-        for step in range(3):
-            train_step(model, optimizer, step, [make_batch(step, slot) for slot in order])
+def train(model, optimizer, steps, slots):
+    run_slot = SlotRunner(model, optimizer)
+    for step in steps:
+        train_step(run_slot, step, [make_batch(step, slot) for slot in slots])
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_the_order_of_the_slots_does_not_matter(options):
+    models = [ARBModel(TINY, 0, UpdateConfig(**options)) for _ in range(2)]
+    for model, slots in zip(models, ([0, 1, 2, 3], [2, 0, 3, 1]), strict=True):
+        train(model, make_optimizer(model, **options), range(3), slots)
     assert states_equal(*models)
+
+
+def workers_train(num_workers, options):
+    """The models of workers that share 5 slots a step, each worker a thread."""
+    barrier, parts = threading.Barrier(num_workers), {}
+
+    def worker(rank):
+        def all_reduce(tensor):
+            parts[rank] = tensor.clone()
+            barrier.wait()
+            tensor.copy_(sum(parts.values()))
+            barrier.wait()
+
+        model = ARBModel(TINY, 0, UpdateConfig(**options))
+        optimizer = make_optimizer(model, slots=5, all_reduce=all_reduce, **options)
+        train(model, optimizer, range(3), range(rank, 5, num_workers))
+        return model
+
+    with ThreadPoolExecutor(num_workers) as pool:
+        return list(pool.map(worker, range(num_workers)))
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_one_and_two_workers_end_with_the_same_bits(options):
+    (alone,) = workers_train(1, options)
+    for model in workers_train(2, options):
+        assert states_equal(model, alone)
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_a_run_goes_on_from_its_checkpoint_to_the_same_bits(options, tmp_path):
+    straight, stopped, resumed = (ARBModel(TINY, 0, UpdateConfig(**options)) for _ in range(3))
+    train(straight, make_optimizer(straight, slots=2, **options), range(4), range(2))
+    train(stopped, make_optimizer(stopped, slots=2, **options), range(2), range(2))
+    folder = save_checkpoint(
+        tmp_path, stopped.state_dict(), step=2, config={}, plan_fingerprint="", conditions={}
+    )
+    resumed.load_state_dict(load_checkpoint(folder)[1])
+    train(resumed, make_optimizer(resumed, slots=2, **options), range(2, 4), range(2))
+    assert states_equal(straight, resumed) and not states_equal(straight, stopped)
 
 
 def test_a_weight_without_gradient_is_left_alone_and_calibrates_later():
@@ -88,7 +150,7 @@ def test_a_weight_without_gradient_is_left_alone_and_calibrates_later():
     optimizer.add_slot(0, 0, loss)
     optimizer.step(0)
     assert head.num_updates.item() == 0 and torch.equal(head.latent, before)
-    train_step(model, optimizer, 1, [make_batch(1, slot) for slot in range(4)])
+    train_step(SlotRunner(model, optimizer), 1, [make_batch(1, slot) for slot in range(4)])
     assert head.num_updates.item() == 1
     assert model.text_encoder.embedding.num_updates.item() == 2
 
@@ -96,7 +158,7 @@ def test_a_weight_without_gradient_is_left_alone_and_calibrates_later():
 def test_a_gradient_that_is_not_finite_stops_the_step_before_anything_moves():
     model = ARBModel(TINY, seed=0)
     optimizer = make_optimizer(model)
-    train_step(model, optimizer, 0, [make_batch(0, slot) for slot in range(4)])
+    train_step(SlotRunner(model, optimizer), 0, [make_batch(0, slot) for slot in range(4)])
     before = [buffer.clone() for buffer in model.buffers()]
     loss = model(make_batch(1, 0))
     loss.backward()
@@ -123,21 +185,69 @@ def test_schedule_warms_up_and_ends_at_the_floor():
     assert all(a >= b for a, b in zip(factors[10:], factors[11:], strict=False))
 
 
-def learn(steps, **config):
-    model = ARBModel(TINY, seed=0)
-    optimizer = make_optimizer(model, slots=2, steps=steps, **config)
-    for step in range(steps):
-        train_step(model, optimizer, step, [make_batch(step, slot) for slot in range(2)])
-    return model, evaluate(model, [make_batch(10**6, slot) for slot in range(8)])
+def learn(steps, **options):
+    """The model before and after, and its held-out loss."""
+    start, model = (ARBModel(TINY, 0, UpdateConfig(**options)) for _ in range(2))
+    train(model, make_optimizer(model, slots=2, steps=steps, **options), range(steps), range(2))
+    return start, model, evaluate(model, [make_batch(10**6, slot) for slot in range(8)])
 
 
-def test_learns_beyond_bigrams_and_frozen_trits_do_not_learn_as_well():
+def trit_pairs(start, model):
+    """The trits of all weights before and after."""
+    pairs = zip(start.ternary_weights(), model.ternary_weights(), strict=True)
+    return [(before.trits(), after.trits()) for (_, before), (_, after) in pairs]
+
+
+def test_trits_change_sign_and_learn_beyond_bigrams_as_frozen_ones_do_not():
     """The suite's proof that the rule learns; the scales alone do not get there."""
-    model, loss = learn(150)
-    start = ARBModel(TINY, seed=0)
-    assert (
-        model.trunk[0].feed_forward.down.latent != start.trunk[0].feed_forward.down.latent
-    ).any()
-    _, frozen = learn(150, latent_rate=0.0)
-    assert loss < bigram_entropy() - 0.2
+    start, model, loss = learn(150)
+    pairs = trit_pairs(start, model)
+    assert sum(int(((before == 1) & (after == -1)).sum()) for before, after in pairs) > 100
+    assert sum(int(((before == -1) & (after == 1)).sum()) for before, after in pairs) > 100
+    start, model, frozen = learn(150, latent_rate=0.0)
+    assert all(torch.equal(*pair) for pair in trit_pairs(start, model))
+    assert loss < entropies()[1] - 0.2
     assert loss < frozen - 0.1
+
+
+@pytest.mark.parametrize("options", VARIANTS[2:], ids=str)
+def test_state_options_learn_beyond_bigrams_too(options):
+    _, _, loss = learn(80, **options)
+    assert loss < entropies()[1] - 0.2
+
+
+def test_the_bigint_rule_learns_beyond_unigrams_and_moves_no_trit():
+    start, model, loss = learn(100, rule="bigint")
+    assert all(torch.equal(*pair) for pair in trit_pairs(start, model))
+    assert loss < entropies()[0] - 0.2
+    counters = {int(weight.step_counter) for _, weight in model.ternary_weights()}
+    assert counters == {200}
+
+
+def test_a_gradient_that_is_not_finite_stops_the_bigint_rule_too():
+    model = ARBModel(TINY, 0, UpdateConfig(rule="bigint"))
+    optimizer = make_optimizer(model, rule="bigint")
+    loss = model(make_batch(0, 0))
+    loss.backward()
+    model.trunk[0].feed_forward.down.slot_gradient[3, 5] = torch.inf
+    optimizer.add_slot(0, 0, loss)
+    with pytest.raises(NonFiniteError, match="step 0: 1 gradient entries"):
+        optimizer.step(0)
+    assert not any(weight.corr_accum.any() for _, weight in model.ternary_weights())
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rule": "adam"}, "update.rule: expected one of latent, bigint, got 'adam'"),
+        ({"group_size": 12}, "update.group_size: expected one of 0, 16, 32, 64 under latent"),
+        ({"rule": "bigint", "group_size": -1}, "update.group_size: expected 0 to 4096 under big"),
+        ({"momentum_bits": 5}, "update.momentum_bits: expected 8 or 4, got 5"),
+        ({"latent_bits": 4}, "update.latent_bits: expected 8 or 6, got 4"),
+        ({"rule": "bigint", "latent_bits": 6}, "update.latent_bits: the rule bigint has none"),
+        ({"rule": "bigint", "latent_rate": 21}, "update.latent_rate: expected 0 to 20"),
+    ],
+)
+def test_an_update_that_cannot_be_made_names_the_key(values, message):
+    with pytest.raises(UserError, match=message):
+        build(UpdateConfig, values, "update")

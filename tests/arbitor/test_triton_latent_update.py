@@ -13,7 +13,8 @@ import torch
 from arbitor.kernel.latent_update import fixed_point as fp
 from arbitor.kernel.latent_update import moments, slots
 from arbitor.kernel.latent_update import reference as rule
-from tests.arbitor.update_cases import RATES, fresh_state, random_gradient
+from arbitor.kernel.state_format import INT8
+from tests.arbitor.update_cases import FORMATS, RATES, fresh_state, random_gradient
 
 triton_update = pytest.importorskip("arbitor.kernel.latent_update.triton")
 
@@ -28,6 +29,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarn
 def on_device(state):
     copied = copy.deepcopy(state)
     return type(state)(**{f.name: getattr(copied, f.name).to(DEVICE) for f in fields(state)})
+
+
+def words_of(rates, key, updates):
+    words = moments.update_words(rates, key, updates)
+    return torch.tensor(words, dtype=torch.int32, device=DEVICE)
+
+
+def word_of(key):
+    return torch.tensor([fp.signed_word(key)], dtype=torch.int32, device=DEVICE)
 
 
 def assert_equal_states(ours, expected):
@@ -57,10 +67,10 @@ def spiked_gradients(shape, factor):
     return grads
 
 
-def run_steps(shape, num_slots, factors):
+def run_steps(shape, num_slots, factors, format=INT8):
     """Steps of both; every state tensor and counter equal after each."""
     fmt = slots.slot_format(num_slots)
-    expected = fresh_state(*shape, [random_gradient(*shape, seed) for seed in range(2)])
+    expected = fresh_state(*shape, [random_gradient(*shape, seed) for seed in range(2)], format)
     ours = on_device(expected)
     for step, factor in enumerate(factors):
         grads = spiked_gradients(shape, factor)
@@ -77,15 +87,16 @@ def run_steps(shape, num_slots, factors):
             total += integers
             counts = [count + more for count, more in zip(counts, added, strict=True)]
             triton_update.quantize_slot_(
-                grad.to(DEVICE), exponent_N.to(DEVICE), fmt, key, our_total, conversion
+                grad.to(DEVICE), ours.row_moment, fmt, word_of(key), our_total, conversion
             )
         assert torch.equal(our_total.cpu(), total) and conversion.tolist() == counts
         key = fp.stream_key(1, step, 7, fp.STREAM_UPDATE)
-        stats = rule.update(expected, total, fmt, RATES, key)
+        stats = rule.update(expected, total, fmt, RATES, key, format)
         counters = torch.full((3,), 5, dtype=torch.int64, device=DEVICE)
         with pytest.MonkeyPatch.context() as patch:
             poison(patch)
-            triton_update.update_(ours, our_total, fmt, RATES, key, step + 1, counters)
+            words = words_of(RATES, key, step + 1)
+            triton_update.update_(ours, our_total, fmt, words, counters, format)
         assert_equal_states(ours, expected)
         assert (counters - 5).tolist() == [stats.flips, stats.zeros, stats.saturated]
         assert torch.equal(our_total.cpu(), total)
@@ -97,6 +108,15 @@ def run_steps(shape, num_slots, factors):
 def test_updates_are_the_reference(shape, num_slots):
     state = run_steps(shape, num_slots, [1.0, 50.0])
     assert state.num_updates.item() == 2
+
+
+@pytest.mark.parametrize("num_slots", [4, 17])
+@pytest.mark.parametrize("shape", [(9, 130), (17, 64)])
+@pytest.mark.parametrize("format", FORMATS[1:], ids=str)
+def test_updates_in_fewer_bits_are_the_reference(shape, num_slots, format):
+    state = run_steps(shape, num_slots, [1.0, 50.0], format)
+    assert format.largest_momentum // 2 < state.momentum.abs().max() <= format.largest_momentum
+    assert not (state.latent % (1 << format.latent_shift)).any()
 
 
 @pytest.mark.parametrize("num_slots", [1, 16, 300])
@@ -120,20 +140,24 @@ def test_large_updates_are_the_reference(shape, num_slots):
     run_steps(shape, num_slots, [1.0, 50.0, 0.0])  # the CPU reference takes most of the time
 
 
+@pytest.mark.parametrize("format", FORMATS, ids=str)
 @pytest.mark.parametrize("num_slots", [4, 17, 300])
-def test_largest_sums_are_the_reference(num_slots):
-    """Every integer at its bound: sums +-S qmax, momentum +-127 at the largest shift."""
+def test_largest_sums_are_the_reference(num_slots, format):
+    """Every integer at its bound: sums +-S qmax, momentum at its rail and the largest shift."""
     fmt = slots.slot_format(num_slots)
-    expected = fresh_state(9, 130, [random_gradient(9, 130)])
+    expected = fresh_state(9, 130, [random_gradient(9, 130)], format)
     signs = torch.where(random_gradient(9, 130) < 0, -1, 1)
-    expected.momentum.copy_(127 * signs)
+    expected.momentum.copy_(format.largest_momentum * signs)
     expected.momentum_exponent.fill_(127)
-    expected.latent.copy_(127 * signs)
+    expected.latent.copy_(format.largest_latent * signs)
     total = (num_slots * fmt.qmax * signs).to(fmt.sum_dtype)
     ours = on_device(expected)
-    triton_update.update_(ours, total.to(DEVICE), fmt, RATES, 0xFFFFFFFF, 1)
-    rule.update(expected, total, fmt, RATES, 0xFFFFFFFF)
+    counters = torch.zeros(3, dtype=torch.int64, device=DEVICE)
+    words = words_of(RATES, 0xFFFFFFFF, 1)
+    triton_update.update_(ours, total.to(DEVICE), fmt, words, counters, format)
+    stats = rule.update(expected, total, fmt, RATES, 0xFFFFFFFF, format)
     assert_equal_states(ours, expected)
+    assert counters.tolist() == [stats.flips, stats.zeros, stats.saturated]
 
 
 def test_momentum_at_its_rail_is_the_reference():
@@ -143,7 +167,7 @@ def test_momentum_at_its_rail_is_the_reference():
     total = torch.full((16, 128), 157, dtype=fmt.sum_dtype)
     total[:, ::2] = -157
     ours = on_device(expected)
-    triton_update.update_(ours, total.to(DEVICE), fmt, RATES, 3, 1)
+    triton_update.update_(ours, total.to(DEVICE), fmt, words_of(RATES, 3, 1))
     rule.update(expected, total, fmt, RATES, 3)
     assert expected.momentum.abs().max() == 127 and expected.momentum.min() == -127
     assert_equal_states(ours, expected)
@@ -166,7 +190,7 @@ def test_extreme_moments_and_rates_are_the_reference(num_slots, rates):
     total = torch.zeros(20, 128, dtype=fmt.sum_dtype)
     total[::2].random_(-fmt.qmax, fmt.qmax, generator=generator)
     ours = on_device(expected)
-    triton_update.update_(ours, total.to(DEVICE), fmt, rates, 12345, 71)
+    triton_update.update_(ours, total.to(DEVICE), fmt, words_of(rates, 12345, 71))
     rule.update(expected, total, fmt, rates, 12345)
     assert_equal_states(ours, expected)
 
@@ -179,12 +203,13 @@ def test_slot_integers_are_the_reference(num_slots, dtype, shape):
     grad = random_gradient(*shape).to(dtype)
     grad[0, 0], grad[1 % shape[0], 1], grad[-1, -1] = math.nan, math.inf, -math.inf
     grad[2 % shape[0], 2], grad[0, 3], grad[-1, 4] = 1e9, 1e-40, -3e38
-    exponent_N = torch.arange(shape[0], dtype=torch.int32) % 200 - 100
+    moment_N = (256 * (torch.arange(shape[0]) % 200 - 100)).to(torch.int16)
+    exponent_N = slots.row_exponents(moment_N, fmt)
     total = torch.randint(-99, 99, shape, dtype=fmt.sum_dtype, generator=torch.Generator())
     integers, *counts = slots.quantize_slot(grad.float(), exponent_N, fmt, 0x9E3779B9)
     ours, counters = total.clone().to(DEVICE), torch.full((2,), 3, dtype=torch.int64, device=DEVICE)
     triton_update.quantize_slot_(
-        grad.to(DEVICE), exponent_N.to(DEVICE), fmt, 0x9E3779B9, ours, counters
+        grad.to(DEVICE), moment_N.to(DEVICE), fmt, word_of(0x9E3779B9), ours, counters
     )
     assert torch.equal(ours.cpu(), total + integers)
     assert (counters - 3).tolist() == counts
@@ -198,6 +223,6 @@ def test_repeated_updates_on_a_gpu_are_equal():
     total = torch.randint(-2000, 2000, (3000, 1000), dtype=torch.int16, device=DEVICE)
     for update in range(1, 6):
         for state in (first, second):
-            triton_update.update_(state, total, fmt, RATES, update, update)
+            triton_update.update_(state, total, fmt, words_of(RATES, update, update))
     for field in fields(first):
         assert torch.equal(getattr(first, field.name), getattr(second, field.name))

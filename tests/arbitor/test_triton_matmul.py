@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from arbitor.kernel.latent_update.fixed_point import POW2_Q16, float32_power_of_two
-from arbitor.kernel.latent_update.slots import SlotFormat, quantize_slot, slot_format
+from arbitor.kernel.latent_update.slots import slot_format
 from arbitor.kernel.latent_update.state import trits
 from arbitor.kernel.matmul import reference
 from arbitor.kernel.matmul.configs import GemmConfig
@@ -13,6 +13,7 @@ from arbitor.kernel.matmul.quantize import Quantized, quantize_fp8
 triton_matmul = pytest.importorskip("arbitor.kernel.matmul.triton")
 decode = pytest.importorskip("arbitor.kernel.matmul.decode_triton")
 gemm = pytest.importorskip("arbitor.kernel.matmul.gemm_triton")
+slot_triton = pytest.importorskip("arbitor.kernel.latent_update.slot_triton")
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -155,27 +156,6 @@ def test_descriptors_read_the_same_tiles(shape, dtype):
         assert torch.equal(got.double(), a_MK.double() @ b_NK.double().T)
 
 
-@pytest.mark.parametrize("fmt", [slot_format(16), slot_format(17)], ids=["12-bit", "8-bit"])
-@pytest.mark.parametrize("shape", [(33, 65, 63), (1000, 2, 3), (1, 130, 1), (48, 5, 65)])
-def test_slot_sums_equal_conversion_of_the_stored_gradient(shape, fmt: SlotFormat):
-    x, _, row_scale_N, grad_MN = random_problem(shape, "fp8")
-    _, grad = triton_matmul.quantize_gradient(grad_MN, row_scale_N, x.scale)
-    x = positions_contiguous(x)
-    tile = GemmConfig(64, 64, 64, num_warps=4, num_stages=3, exact=True, tma=shape[0] % 16 == 0)
-    args = (grad.codes.T, x.codes.T, grad.scale)
-    grad_NK = gemm.matmul_scaled(*args, None, torch.float32, tile)
-    # Small exponents keep integers small, large ones clip; the sum starts at 5.
-    exponent_N = torch.arange(grad_NK.shape[0], dtype=torch.int32, device=DEVICE) % 9
-    integers, nonfinite, clipped = quantize_slot(grad_NK, exponent_N, fmt, key=0x9E3779B9)
-    total = torch.full_like(integers, 5)
-    counters = torch.zeros(2, dtype=torch.int64, device=DEVICE)
-    gemm.matmul_backward_weight_to_sum_(
-        total, args[0], grad.scale, args[1], exponent_N, fmt, 0x9E3779B9, counters, tile
-    )
-    assert torch.equal(total, integers + 5)
-    assert counters.tolist() == [nonfinite, clipped]
-
-
 @pytest.mark.filterwarnings("ignore:overflow")  # numpy's, in the interpreter
 def test_a_gradient_that_is_not_finite_is_counted():
     shape = (16, 16, 16)
@@ -186,8 +166,8 @@ def test_a_gradient_that_is_not_finite_is_counted():
     fmt = slot_format(4)
     total = torch.zeros(16, 16, dtype=fmt.sum_dtype, device=DEVICE)
     counters = torch.zeros(2, dtype=torch.int64, device=DEVICE)
-    exponent_N = torch.zeros(16, dtype=torch.int32, device=DEVICE)
-    triton_matmul.matmul_backward_weight_to_sum(
-        total, grad, positions_contiguous(x), exponent_N, fmt, 1, counters
-    )
+    grad_NK, _ = triton_matmul.matmul_backward_weight(grad, positions_contiguous(x))
+    row_moment_N = torch.zeros(16, dtype=torch.int16, device=DEVICE)
+    key = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    slot_triton.quantize_slot_(grad_NK, row_moment_N, fmt, key, total, counters)
     assert counters[0] > 0

@@ -6,6 +6,7 @@ import torch
 from arbitor.kernel.matmul.quantize import Quantized
 from arbitor.kernel.matmul.reference import quantize_activation
 from arbitor.kernel.rms_norm.reference import rms_norm_backward, rms_norm_forward
+from arbitor.kernel.swiglu.reference import swiglu_backward, swiglu_forward
 
 triton_norm = pytest.importorskip("arbitor.kernel.rms_norm.triton")
 
@@ -95,3 +96,75 @@ def test_gradient_equals_the_reference(shape, activation, dtype, monkeypatch):
     bound = 1e-5 * (grad_MK.float().abs() + x.values().abs()) * inverse_rms_M[:, None]
     for gradient in (got, same):
         assert ((gradient - expected).abs() <= bound).all()
+
+
+def random_gates(shape):
+    """Gates of all sizes: the exponential of the largest would overflow."""
+    M, K = shape
+    generator = torch.Generator().manual_seed(M * 3 + K)
+    gate_and_up = torch.randn(M, 2 * K, generator=generator)
+    gate_and_up[:, :K] *= torch.logspace(-3, 2, M)[:, None]
+    return gate_and_up.bfloat16().to(DEVICE)
+
+
+@pytest.mark.parametrize("activation", ["fp8", "int8"])
+@pytest.mark.parametrize("shape", SHAPES + GPU)
+def test_codes_of_a_gated_norm(shape, activation, monkeypatch):
+    x_MX = random_gates(shape)
+    poison(monkeypatch)
+    x, saved, inverse_rms_M = triton_norm.rms_norm_quantize(x_MX, activation, True, gated=True)
+    monkeypatch.undo()
+    normalized_MK, expected_rms = rms_norm_forward(swiglu_forward(x_MX))
+    expected = quantize_activation(normalized_MK, activation)
+    # Exponential and division are good to 2^-20; a scale moves at a border of its octave alone.
+    torch.testing.assert_close(inverse_rms_M, expected_rms, rtol=4e-6, atol=0)
+    same = (x.scale / expected.scale - 1).abs().squeeze(1) < 1e-5
+    assert same.sum() >= len(same) - 1
+    difference = (code_numbers(x.codes) - code_numbers(expected.codes))[same]
+    assert difference.abs().max() <= 1
+    assert (difference != 0).sum() <= max(16, 2e-4 * x.codes.numel())
+    assert saved.codes.T.is_contiguous()
+    assert torch.equal(saved.codes.view(torch.int8), x.codes.view(torch.int8))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", SHAPES + GPU)
+def test_gradient_of_a_gated_norm_equals_the_reference(shape, dtype, monkeypatch):
+    x_MX = random_gates(shape)
+    generator = torch.Generator().manual_seed(1)
+    grad_MK = torch.randn(shape, generator=generator).to(DEVICE, dtype)
+    _, x, inverse_rms_M = triton_norm.rms_norm_quantize(x_MX, "fp8", True, gated=True)
+    poison(monkeypatch)
+    got = triton_norm.rms_norm_backward_x(grad_MK, x, inverse_rms_M, torch.float32, x_MX)
+    monkeypatch.undo()
+    inner = rms_norm_backward(grad_MK.float(), x.values(), inverse_rms_M)
+    expected = swiglu_backward(inner, x_MX)
+    # As without gates, times what the gate's slope (at most 1.1) and value multiply by.
+    bound = 1e-5 * (grad_MK.float().abs() + x.values().abs()) * inverse_rms_M[:, None]
+    gate, up = x_MX.float().chunk(2, dim=-1)
+    bound = torch.cat([bound * 1.1 * up.abs(), bound * gate.abs()], dim=-1)
+    assert ((got - expected).abs() <= bound + 1e-30).all()
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("shape", SHAPES + GPU)
+def test_the_residuals_gradient_is_added_before_the_rounding(shape, gated, monkeypatch):
+    M, K = shape
+    x_MX = random_gates(shape) if gated else random_input(shape)
+    generator = torch.Generator().manual_seed(2)
+    grad_MK = torch.randn(shape, generator=generator).to(DEVICE, torch.bfloat16)
+    # A slice, as the gradient of a part of a stream may be.
+    residual_MX = torch.randn(M, x_MX.shape[1] + 3, generator=generator).to(DEVICE, torch.bfloat16)
+    residual_MX = residual_MX[:, 3:]
+    _, x, inverse_rms_M = triton_norm.rms_norm_quantize(x_MX, "fp8", True, gated=gated)
+    gates = x_MX if gated else None
+    alone = triton_norm.rms_norm_backward_x(grad_MK, x, inverse_rms_M, torch.float32, gates)
+    poison(monkeypatch)
+    got = triton_norm.rms_norm_backward_x(
+        grad_MK, x, inverse_rms_M, torch.bfloat16, gates, residual_MX
+    )
+    monkeypatch.undo()
+    # One rounding to bfloat16; before it products and sums that a GPU may fuse.
+    exact = alone.double() + residual_MX.double()
+    bound = 2**-8 * exact.abs() + 2**-21 * (alone.abs() + residual_MX.abs())
+    assert ((got.double() - exact).abs() <= bound).all()

@@ -8,7 +8,15 @@ from arbitor.kernel.latent_update import fixed_point as fp
 from arbitor.kernel.latent_update import moments, slots
 from arbitor.kernel.latent_update import reference as rule
 from arbitor.kernel.latent_update import state as start
+from arbitor.kernel.latent_update.packed import plain_state, stored_state
+from arbitor.kernel.state_format import INT8, StateFormat
 
+FORMATS = [
+    INT8,
+    StateFormat(momentum_bits=4),
+    StateFormat(latent_bits=6),
+    StateFormat(momentum_bits=4, latent_bits=6),
+]
 RATES = moments.step_rates(3 << 16, round(2.56 * 65536))
 SHAPES = [(1, 1), (1, 200), (63, 5), (65, 63), (70, 192), (33, 320), (1000, 129)]
 
@@ -21,8 +29,12 @@ def random_gradient(num_rows: int, num_cols: int, seed: int = 0) -> torch.Tensor
     return torch.randn(num_rows, num_cols, generator=generator) * rows * cols * 1e-4
 
 
-def fresh_state(num_rows: int, num_cols: int, grads: list[torch.Tensor]) -> start.TernaryState:
+def fresh_state(
+    num_rows: int, num_cols: int, grads: list[torch.Tensor], format: StateFormat = INT8
+) -> start.TernaryState:
+    """Calibrated and plain, its latents on the grid of the format."""
     state = start.init_state(num_rows, num_cols, 1.0, seed=1, name="w")
+    state = plain_state(stored_state(state, format), format, num_cols)
     assert start.calibrate(state, sum(slots.quantize_exact(grad) for grad in grads))
     return state
 

@@ -131,6 +131,12 @@ def test_the_classic_flags_of_the_light_text_run():
         (["a.yaml", "b.yaml"], "expected one CONFIG file"),
         (["steps.x=1"], "steps.x: steps is a value|steps: "),
         (["--run", "a/b"], "name: expected a folder name"),
+        (["update.rule=adam"], "update.rule: expected one of latent, bigint, got 'adam'"),
+        (["update.latent_bits=4"], "update.latent_bits: expected 8 or 6, got 4"),
+        (
+            ["update.group_size=32", "model.activation=int8"],
+            "update.group_size: 32 does not go with model.activation int8",
+        ),
     ],
 )
 def test_mistakes_are_named(arguments, message):

@@ -46,8 +46,8 @@ def storage(tmp_path_factory):
     return tmp_path_factory.mktemp("runs")
 
 
-def make_config(storage, name, **scaling):
-    values = VALUES | {"name": name, "storage": str(storage)}
+def make_config(storage, name, profile=False, **scaling):
+    values = VALUES | {"name": name, "storage": str(storage), "profile": profile}
     values["model"] = values["model"] | {"enable_attention": True}
     return build(RunConfig, values | {"scaling": VALUES["scaling"] | scaling})
 
@@ -92,10 +92,13 @@ def test_one_and_two_workers_end_with_the_same_bits(one_worker, two_workers):
     assert all(one[name] != start[name] for name in one if name.endswith(".latent"))
 
 
-def test_the_same_run_again_ends_with_the_same_bits(one_worker, storage):
-    again = make_config(storage, "again")
+def test_the_same_run_again_ends_with_the_same_bits_profiled_or_not(one_worker, storage, capsys):
+    again = make_config(storage, "again", profile=True)
     run(again)
     assert hashes(final_tensors(again)) == hashes(final_tensors(one_worker))
+    table = (again.folder / "profile.txt").read_text()
+    assert table.startswith("step 6\n") and "aten::mm" in table
+    assert f"profile:    {again.folder / 'profile.txt'}" in capsys.readouterr().out
 
 
 def test_losses_do_not_depend_on_the_number_of_workers(one_worker, two_workers):

@@ -11,15 +11,20 @@ from arbitor.kernel.embedding import reference
 from arbitor.kernel.latent_update.state import trits
 
 
-def lookup(indices_M: Tensor, latent_VD: Tensor, row_scale_V: Tensor) -> Tensor:
-    """bfloat16 rows 2^s[v] * trit[v] for int64 indices, [M, D]."""
-    if runs_triton(latent_VD):
+def lookup(indices_M: Tensor, table_VD: Tensor, row_scale_V: Tensor) -> Tensor:
+    """bfloat16 rows 2^s[v] * trit[v] for int64 indices, [M, D].
+
+    `table_VD` is int8 latents, or the bfloat16 factors of 2^s themselves.
+    """
+    is_operand = table_VD.dtype == torch.bfloat16
+    if runs_triton(table_VD) and not is_operand:
         from arbitor.kernel.embedding import triton
 
         count_path("embedding.forward", "triton")
-        return triton.embedding_forward(indices_M, latent_VD, row_scale_V)
+        return triton.embedding_forward(indices_M, table_VD, row_scale_V)
     count_path("embedding.forward", "torch")
-    return reference.embedding_forward(indices_M, trits(latent_VD).to(torch.bfloat16), row_scale_V)
+    operand_VD = table_VD if is_operand else trits(table_VD).to(torch.bfloat16)
+    return reference.embedding_forward(indices_M, operand_VD, row_scale_V)
 
 
 def lookup_backward(indices_M: Tensor, grad_MD: Tensor, num_rows: int) -> Tensor:

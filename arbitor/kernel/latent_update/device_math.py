@@ -16,9 +16,10 @@ def device_tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     return POW2_Q11.to(device), POW2_Q16.to(device), LOG2_Q16.to(device)
 
 
-def signed_word(word: int) -> int:
-    """A 32-bit word as the int32 of the same bits: kernels see one argument type for every key."""
-    return word - (1 << 32) if word >> 31 else word
+@triton.jit
+def row_exponent(moment, R0: tl.constexpr):
+    """int32 `row_exponents` of int16 moments."""
+    return tl.minimum(tl.maximum(R0 - ((moment.to(tl.int32) + 128) >> 8), -100), 100)
 
 
 @triton.jit

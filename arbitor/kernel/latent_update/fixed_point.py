@@ -54,6 +54,16 @@ def substream_key(key: int, word: int) -> int:
     return mix(key ^ word)
 
 
+def signed_word(word: int) -> int:
+    """A 32-bit word as the int32 of the same bits."""
+    return word - (1 << 32) if word >> 31 else word
+
+
+def unsigned_word(word: int) -> int:
+    """Inverse of `signed_word`."""
+    return word & _UINT32
+
+
 def mix(word: int) -> int:
     """The 32-bit finalizer "lowbias32" (Wellons, hash prospector), on a Python integer."""
     word ^= word >> 16
@@ -69,11 +79,11 @@ def counter_hash(index: Tensor, key: int) -> Tensor:
     torch has no unsigned multiply or logical shift: int32 products wrap, and the mask after each
     arithmetic shift drops the copies of the sign.
     """
-    word = index ^ _signed(key)
+    word = index ^ signed_word(key)
     word ^= (word >> 16).bitwise_and_(0xFFFF)
     word *= _MIX_FIRST
     word ^= (word >> 15).bitwise_and_(0x1FFFF)
-    word *= _signed(_MIX_SECOND)
+    word *= signed_word(_MIX_SECOND)
     word ^= (word >> 16).bitwise_and_(0xFFFF)
     return word
 
@@ -87,10 +97,6 @@ def element_index(rows: range, num_cols: int, width: int, device: torch.device) 
     """int32 [len(rows), width]: row * num_cols + column, modulo 2^32 as the hash reads it."""
     row = torch.arange(rows.start, rows.stop, dtype=torch.int32, device=device).unsqueeze(1)
     return row * num_cols + torch.arange(width, dtype=torch.int32, device=device)
-
-
-def _signed(word: int) -> int:
-    return word - (1 << 32) if word >> 31 else word
 
 
 # ---- logarithms and powers of two ---------------------------------------------------------------

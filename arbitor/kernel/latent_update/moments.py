@@ -21,7 +21,9 @@ from arbitor.kernel.latent_update.fixed_point import (
     low_bits,
     moment_memory,
     shift_left,
+    signed_word,
     substream_key,
+    unsigned_word,
 )
 from arbitor.kernel.latent_update.slots import (
     SlotFormat,
@@ -36,7 +38,7 @@ CLIP = 3  # bound of a normalized step, of latents and of scales
 # Momentum keeps 230/256 of itself and takes 26/256 of the new gradient.
 MOMENTUM_WEIGHT = 230
 
-_ROW_STREAM, _COL_STREAM, _SCALE_MOMENT_STREAM, _SCALE_STREAM, _TENSOR_STREAM = 2, 3, 4, 5, 6
+ROW_STREAM, COL_STREAM, SCALE_MOMENT_STREAM, SCALE_STREAM, TENSOR_STREAM = 2, 3, 4, 5, 6
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,36 @@ def bias_correction(updates: int) -> int:
     """-log2(1 - (230/256)^updates) in 1/256 octave: momentum starts at 0; 0 from update 62 on."""
     decay = Fraction(MOMENTUM_WEIGHT, 256) ** min(updates, 100)
     return (128 - log2_fraction(1 - decay)) >> 8
+
+
+# What a kernel needs to know of a step, by place in the words of an update.
+WORD_KEY, WORD_LOG2_RATE, WORD_MAX_STEP, WORD_SCALE_STEP = 0, 1, 2, 3
+WORD_UPDATES, WORD_MEMORY, WORD_BIAS = 4, 5, 6
+NUM_WORDS = 7
+
+
+def update_words(rates: StepRates, key: int, updates: int) -> list[int]:
+    """NUM_WORDS words of 32 bits: the step as data, so that one recorded launch serves every step.
+
+    `updates` is the number of this update, from 1 on; the rate includes its bias correction.
+    """
+    bias = bias_correction(updates)
+    return [
+        signed_word(key),
+        rates.log2_latent_rate + bias,
+        rates.max_latent_step,
+        rates.scale_step,
+        updates,
+        moment_memory(updates),
+        bias,
+    ]
+
+
+def rates_and_key(words: list[int]) -> tuple[StepRates, int]:
+    """The rates and the key that `update_words` was given."""
+    log2_rate = words[WORD_LOG2_RATE] - words[WORD_BIAS]
+    rates = StepRates(log2_rate, words[WORD_MAX_STEP], words[WORD_SCALE_STEP])
+    return rates, unsigned_word(words[WORD_KEY])
 
 
 class GradientSquares:
@@ -107,9 +139,9 @@ def update_moments(state: TernaryState, squares: GradientSquares, updates: int, 
     row_offset = log2_cols + (2 * squares.exponent_N.long() << 16)
     col_offset = log2_rows + (2 * squares.lowest_exponent + squares.column_shift << 16)
     vectors = (  # one call for all: the vectors are short, a call costs more than its elements
-        (state.row_moment, squares.row_N, row_offset, _ROW_STREAM),
-        (state.col_moment, squares.col_K, col_offset, _COL_STREAM),
-        (state.tensor_moment, squares.col_K.sum(0, True), col_offset + log2_cols, _TENSOR_STREAM),
+        (state.row_moment, squares.row_N, row_offset, ROW_STREAM),
+        (state.col_moment, squares.col_K, col_offset, COL_STREAM),
+        (state.tensor_moment, squares.col_K.sum(0, True), col_offset + log2_cols, TENSOR_STREAM),
     )
     moments, totals, offsets, streams = zip(*vectors, strict=True)
     total, old = torch.cat(totals), torch.cat(moments)
@@ -138,7 +170,7 @@ def update_scales(
     if updates == 1:
         moment = ((log2_grad + 128) >> 8).clamp_(MOMENT_MIN, MOMENT_MAX)
     else:
-        noise = _vector_noise(state.scale_moment, key, _SCALE_MOMENT_STREAM)
+        noise = _vector_noise(state.scale_moment, key, SCALE_MOMENT_STREAM)
         memory = moment_memory(updates)
         moment = advance_moment(state.scale_moment, 2 * log2_grad, memory, noise)
     state.scale_moment.copy_(moment)
@@ -146,7 +178,7 @@ def update_scales(
     ratio = ratio.clamp_(-20 << 16, 2 << 16) >> 8
     power = POW2_Q16.to(ratio.device)[ratio & 255].long()
     step = shift_left(power, ratio >> 8).clamp_(max=CLIP << 16) * scale_grad_N.sign()
-    dither = low_bits(_vector_noise(state.log2_scale, key, _SCALE_STREAM))
+    dither = low_bits(_vector_noise(state.log2_scale, key, SCALE_STREAM))
     whole = ((step * rates.scale_step >> 16) + dither) >> 16
     state.log2_scale.copy_((state.log2_scale - whole).clamp_(MOMENT_MIN, MOMENT_MAX))
 

@@ -6,11 +6,23 @@ Shape letters: N rows (outputs), K columns (inputs).
 import triton
 import triton.language as tl
 
-from arbitor.kernel.latent_update.device_math import hash_word
+from arbitor.kernel.latent_update import moments
+from arbitor.kernel.latent_update.device_math import hash_word, row_exponent
 from arbitor.kernel.triton_numeric import power_of_two
 
+LOG2_RATE = tl.constexpr(moments.WORD_LOG2_RATE)
+SCALE_STEP = tl.constexpr(moments.WORD_SCALE_STEP)
+UPDATES = tl.constexpr(moments.WORD_UPDATES)
+MEMORY = tl.constexpr(moments.WORD_MEMORY)
+BIAS = tl.constexpr(moments.WORD_BIAS)
+ROW_STREAM = tl.constexpr(moments.ROW_STREAM)
+COL_STREAM = tl.constexpr(moments.COL_STREAM)
+SCALE_MOMENT_STREAM = tl.constexpr(moments.SCALE_MOMENT_STREAM)
+SCALE_STREAM = tl.constexpr(moments.SCALE_STREAM)
+TENSOR_STREAM = tl.constexpr(moments.TENSOR_STREAM)
 
-@triton.jit(do_not_specialize=["N", "K", "log2_rate"])
+
+@triton.jit(do_not_specialize=["N", "K"])
 def prepare_kernel(
     row_moment_ptr,
     col_moment_ptr,
@@ -21,9 +33,9 @@ def prepare_kernel(
     lowest_ptr,
     row_sums_ptr,
     col_sums_ptr,
+    words_ptr,
     N,
     K,
-    log2_rate,
     R0: tl.constexpr,
     FRACTION: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -34,9 +46,9 @@ def prepare_kernel(
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     in_rows, in_cols = index < N, index < K
     moment = tl.load(row_moment_ptr + index, in_rows, 0).to(tl.int32)
-    exponent = tl.minimum(tl.maximum(R0 - ((moment + 128) >> 8), -100), 100)
+    exponent = row_exponent(moment, R0)
     tl.store(lowest_ptr + tl.program_id(0), tl.min(tl.where(in_rows, exponent, 100), 0))
-    log2 = tl.load(tensor_moment_ptr).to(tl.int32) - moment + log2_rate
+    log2 = tl.load(tensor_moment_ptr).to(tl.int32) - moment + tl.load(words_ptr + LOG2_RATE)
     tl.store(rows_ptr + index, exponent + FRACTION, in_rows)
     power = tl.load(pow2_q11_ptr + (log2 & 255)).to(tl.float32)
     tl.store(rows_ptr + N + index, power.to(tl.int32, bitcast=True), in_rows)
@@ -53,25 +65,7 @@ def prepare_kernel(
     tl.store(col_sums_ptr + index, zeros, index <= K)  # the last is the sum over all columns
 
 
-@triton.jit(
-    do_not_specialize=[
-        "N",
-        "K",
-        "num_blocks",
-        "updates",
-        "memory",
-        "bias",
-        "scale_step",
-        "log2_N",
-        "log2_K",
-        "column_shift",
-        "row_key",
-        "col_key",
-        "tensor_key",
-        "scale_moment_key",
-        "scale_key",
-    ]
-)
+@triton.jit(do_not_specialize=["N", "K", "num_blocks", "log2_N", "log2_K", "column_shift"])
 def finish_kernel(
     row_moment_ptr,
     col_moment_ptr,
@@ -86,21 +80,13 @@ def finish_kernel(
     row_sums_ptr,
     col_sums_ptr,
     counters_ptr,
+    words_ptr,
     N,
     K,
     num_blocks,
-    updates,
-    memory,
-    bias,
-    scale_step,
     log2_N,
     log2_K,
     column_shift,
-    row_key,
-    col_key,
-    tensor_key,
-    scale_moment_key,
-    scale_key,
     FRACTION: tl.constexpr,
     COUNT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -109,18 +95,21 @@ def finish_kernel(
     """Moments of rows, columns and tensor from the sums; the step of the row scales."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     in_rows, in_cols = index < N, index < K
+    key = tl.load(words_ptr)
+    updates, memory = tl.load(words_ptr + UPDATES), tl.load(words_ptr + MEMORY)
+    bias, scale_step = tl.load(words_ptr + BIAS), tl.load(words_ptr + SCALE_STEP)
     unit = tl.load(rows_ptr + index, in_rows, 0).to(tl.int64)
     total = tl.load(row_sums_ptr + index, in_rows, 0)
     old = tl.load(row_moment_ptr + index, in_rows, 0).to(tl.int64)
     mean = ilog2(total, log2_q16_ptr) - log2_K - ((unit - FRACTION) << 17)
-    noise = hash_word(index ^ row_key)
+    noise = stream_noise(index, key, ROW_STREAM)
     new = advance_moment(old, mean, memory, noise, pow2_q16_ptr, log2_q16_ptr)
     tl.store(row_moment_ptr + index, tl.where(total > 0, new, old).to(tl.int16), in_rows)
 
     grad = tl.load(row_sums_ptr + N + index, in_rows, 0)
     log2_grad = ilog2(tl.abs(grad), log2_q16_ptr) - ((unit + 8) << 16)
     old = tl.load(scale_moment_ptr + index, in_rows, 0).to(tl.int64)
-    noise = hash_word(index ^ scale_moment_key)
+    noise = stream_noise(index, key, SCALE_MOMENT_STREAM)
     moment = advance_moment(old, 2 * log2_grad, memory, noise, pow2_q16_ptr, log2_q16_ptr)
     first = tl.minimum(tl.maximum((log2_grad + 128) >> 8, -32768), 32767)
     moment = tl.where(updates == 1, first, moment)
@@ -132,7 +121,7 @@ def finish_kernel(
     step = (power << tl.maximum(octaves, 0)) >> tl.maximum(-octaves, 0)
     step = tl.minimum(step, 3 << 16)
     step = tl.where(grad > 0, step, tl.where(grad < 0, -step, 0))
-    dither = (hash_word(index ^ scale_key) & 0xFFFF).to(tl.int64)
+    dither = (stream_noise(index, key, SCALE_STREAM) & 0xFFFF).to(tl.int64)
     scale = tl.load(log2_scale_ptr + index, in_rows, 0).to(tl.int64)
     scale -= (((step * scale_step) >> 16) + dither) >> 16
     scale = tl.minimum(tl.maximum(scale, -32768), 32767)
@@ -144,7 +133,7 @@ def finish_kernel(
     total = tl.load(col_sums_ptr + index, in_cols, 0)
     old = tl.load(col_moment_ptr + index, in_cols, 0).to(tl.int64)
     mean = ilog2(total, log2_q16_ptr) - offset
-    noise = hash_word(index ^ col_key)
+    noise = stream_noise(index, key, COL_STREAM)
     new = advance_moment(old, mean, memory, noise, pow2_q16_ptr, log2_q16_ptr)
     tl.store(col_moment_ptr + index, tl.where(total > 0, new, old).to(tl.int16), in_cols)
 
@@ -153,7 +142,7 @@ def finish_kernel(
         square = tl.load(col_sums_ptr + K + zero)
         tensor_moment = tl.load(tensor_moment_ptr + zero).to(tl.int64)
         tensor_mean = ilog2(square, log2_q16_ptr) - offset - log2_K
-        tensor_noise = hash_word(zero ^ tensor_key)
+        tensor_noise = stream_noise(zero, key, TENSOR_STREAM)
         advanced = advance_moment(
             tensor_moment, tensor_mean, memory, tensor_noise, pow2_q16_ptr, log2_q16_ptr
         )
@@ -162,6 +151,12 @@ def finish_kernel(
         tl.store(num_updates_ptr, updates)
         if COUNT:  # the update subtracted the weights that are not 0
             tl.atomic_add(counters_ptr + 1, N.to(tl.int64) * K, sem="relaxed")
+
+
+@triton.jit
+def stream_noise(index, key, STREAM: tl.constexpr):
+    """uint32 `counter_hash` of the index in a stream inside the stream `key`."""
+    return hash_word(index ^ hash_word(key ^ STREAM).to(tl.int32))
 
 
 @triton.jit

@@ -25,7 +25,6 @@ from arbitor.kernel.latent_update.fixed_point import (
     bit_length,
     counter_hash,
     element_index,
-    low_bits,
 )
 from arbitor.kernel.latent_update.moments import (
     MOMENTUM_WEIGHT,
@@ -44,10 +43,10 @@ from arbitor.kernel.latent_update.slots import (
 from arbitor.kernel.latent_update.state import (
     EMPTY_GROUP,
     GROUP,
-    LATENT_MAX,
     TernaryState,
     trits,
 )
+from arbitor.kernel.state_format import INT8, StateFormat
 
 
 @dataclass(frozen=True)
@@ -56,13 +55,20 @@ class UpdateStats:
 
     flips: int  # trits that changed
     zeros: int  # trits that are 0
-    saturated: int  # latents at +-127
+    saturated: int  # latents at their largest magnitude
 
 
 def update(
-    state: TernaryState, grad_sum_NK: Tensor, fmt: SlotFormat, rates: StepRates, key: int
+    state: TernaryState,
+    grad_sum_NK: Tensor,
+    fmt: SlotFormat,
+    rates: StepRates,
+    key: int,
+    format: StateFormat = INT8,
 ) -> UpdateStats:
     """Apply the sum of `quantize_slot` over all slots of the step to the state, in place.
+
+    The state is a `plain_state`; `format` says what grid its latents and momentum keep to.
 
     `grad_sum_NK` int16 or int32, `key` = stream_key(seed, step, tensor_id, STREAM_UPDATE). Blocks
     of rows pass through the caches once; moments and scales follow when all rows are summed.
@@ -91,11 +97,14 @@ def update(
             grad,
             exponent_N[block],
             fmt,
+            format.momentum_bits,
         )
-        momentum, momentum_exponent = round_momentum(blended, exponent_N[block], noise, fmt)
+        momentum, momentum_exponent = round_momentum(
+            blended, exponent_N[block], noise, fmt, format.momentum_bits
+        )
         old = _grouped(state.latent[block])
         step = latent_step(momentum, momentum_exponent, row_log2_N[block], col_log2_GL, rates)
-        new = move_latent(old, step, noise)
+        new = move_latent(old, step, noise, format)
 
         old_trits, new_trits = trits(old), trits(new)
         scale_grad_N[block] = (blended * old_trits).sum((1, 2), dtype=torch.float64).long()
@@ -104,7 +113,8 @@ def update(
         state.latent[block] = new.flatten(1)[:, :num_cols]
         flips += int(torch.count_nonzero(new_trits - old_trits))
         nonzeros += int(torch.count_nonzero(new_trits))
-        saturated += int(torch.count_nonzero((new.abs() - (LATENT_MAX - 1)).clamp_(min=0)))
+        beyond = new.abs() - (format.largest_latent - 1)
+        saturated += int(torch.count_nonzero(beyond.clamp_(min=0)))
     update_moments(state, squares, updates, key)
     update_scales(state, scale_grad_N, exponent_N, fmt, rates, updates, key)
     return UpdateStats(flips, num_rows * num_cols - nonzeros, saturated)
@@ -134,37 +144,41 @@ def blend_momentum(
     grad: Tensor,
     exponent_B: Tensor,
     fmt: SlotFormat,
+    bits: int = 8,
 ) -> Tensor:
     """230/256 of the momentum and 26/256 of the gradient sum: int32 [B, G, 64], below 2^30.
 
     `momentum` int8 and `grad` int32 [B, G, 64]. Unit 2^-(row exponent + fraction bits + 8). The
-    weight multiplies before the shift, which would otherwise drop bits always downwards.
+    weight multiplies before the shift, which would otherwise drop bits always downwards. `bits` of
+    momentum: fewer drop more, so their exponents reach higher.
     """
     unit_B1 = exponent_B.unsqueeze(1) + fraction_bits(fmt)
-    places = (momentum_exponent_BG.int() + unit_B1).clamp_(-31, 15).unsqueeze(-1)
+    places = (momentum_exponent_BG.int() + unit_B1).clamp_(-31, 23 - bits).unsqueeze(-1)
     blended = momentum.int() * (MOMENTUM_WEIGHT << places.clamp(min=0))
     blended >>= (-places).clamp_(min=0)
     return blended.add_(grad, alpha=(256 - MOMENTUM_WEIGHT) << fraction_bits(fmt))
 
 
 def round_momentum(
-    blended: Tensor, exponent_B: Tensor, noise: Tensor, fmt: SlotFormat
+    blended: Tensor, exponent_B: Tensor, noise: Tensor, fmt: SlotFormat, bits: int = 8
 ) -> tuple[Tensor, Tensor]:
     """int32 momentum [B, G, 64] in +-127 and its exponents [B, G], by stochastic rounding.
 
     A group drops the bits that keep its largest magnitude within 7 bits; the upper 16 bits of the
-    hash `noise` stand for those dropped (at most 23).
+    hash `noise` stand for those dropped (at most 23). With 4 `bits`: in +-7, 3 bits, at most 27.
     """
     peak = blended.abs().amax(-1)
-    dropped = (bit_length(peak) - 7).clamp_(min=0).int()
+    dropped = (bit_length(peak) - (bits - 1)).clamp_(min=0).int()
     exponent = dropped - (exponent_B.unsqueeze(1) + fraction_bits(fmt) + 8)
     exponent = torch.where(peak > 0, exponent.clamp_(-128, 127), EMPTY_GROUP)
     dropped.unsqueeze_(-1)
     dither = (noise >> 8).bitwise_and_(0xFFFF00)
-    dither >>= 24 - dropped
+    dither >>= (24 - dropped).clamp_(min=0)
+    dither <<= (dropped - 24).clamp_(min=0)
     dither += blended
     dither >>= dropped
-    return dither.clamp_(-LATENT_MAX, LATENT_MAX), exponent
+    largest = (1 << (bits - 1)) - 1
+    return dither.clamp_(-largest, largest), exponent
 
 
 def latent_step(
@@ -187,9 +201,15 @@ def latent_step(
     return step.clamp_(-rates.max_latent_step, rates.max_latent_step)
 
 
-def move_latent(latent: Tensor, step: Tensor, noise: Tensor) -> Tensor:
-    """int8 latents minus the steps, rounded stochastically by the lower 16 bits of `noise`."""
-    whole = low_bits(noise)
+def move_latent(latent: Tensor, step: Tensor, noise: Tensor, format: StateFormat = INT8) -> Tensor:
+    """int8 latents minus the steps, rounded stochastically onto the latents' grid.
+
+    `noise` gives as many of its lower bits as lie below the grid: 16, or 18 for steps of 4.
+    """
+    places = 16 + format.latent_shift
+    whole = noise & ((1 << places) - 1)
     whole += step
-    whole >>= 16
-    return (latent - whole).clamp_(-LATENT_MAX, LATENT_MAX).to(torch.int8)
+    whole >>= places
+    largest = format.largest_latent >> format.latent_shift
+    codes = ((latent >> format.latent_shift) - whole).clamp_(-largest, largest)
+    return codes.to(torch.int8) << format.latent_shift

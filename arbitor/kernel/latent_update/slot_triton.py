@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from arbitor.kernel.latent_update.device_math import hash_word, signed_word
+from arbitor.kernel.latent_update.device_math import hash_word, row_exponent
 from arbitor.kernel.latent_update.slots import SlotFormat
 from arbitor.kernel.triton_numeric import power_of_two, widen
 
@@ -17,16 +17,17 @@ TILE = {"BLOCK_N": 4, "BLOCK_K": 256, "num_warps": 4}  # 8 weights a thread: mem
 
 def quantize_slot_(
     grad_NK: Tensor,
-    row_exponent_N: Tensor,
+    row_moment_N: Tensor,
     fmt: SlotFormat,
-    key: int,
+    key: Tensor,
     sum_NK: Tensor,
     counters: Tensor,
 ) -> None:
     """Add one slot's gradient (float32 or bfloat16) as integers to `sum_NK` (fmt.sum_dtype).
 
-    `row_exponent_N` int32 = `row_exponents` of the step. Adds the numbers of non-finite and of
-    clipped entries to `counters`, int64 [2]; nothing waits for the device.
+    `row_moment_N` int16 gives the exponents, `key` int32 [1] is the slot's stream as a signed word.
+    Adds the numbers of non-finite and clipped entries to `counters`, int64 [2]; nothing waits for
+    the device.
     """
     num_rows, num_cols = grad_NK.shape
     assert grad_NK.dtype in (torch.float32, torch.bfloat16)
@@ -35,27 +36,29 @@ def quantize_slot_(
     grid = (triton.cdiv(num_rows, TILE["BLOCK_N"]), triton.cdiv(num_cols, TILE["BLOCK_K"]))
     quantize_slot_kernel[grid](
         grad_NK,
-        row_exponent_N,
+        row_moment_N,
         sum_NK,
         counters,
+        key,
         num_rows,
         num_cols,
-        signed_word(key),
+        R0=fmt.r0,
         LIMIT=float(fmt.qmax << 16),
         STOCHASTIC=fmt.stochastic,
         **TILE,
     )
 
 
-@triton.jit(do_not_specialize=["N", "key"])
+@triton.jit(do_not_specialize=["N"])
 def quantize_slot_kernel(
     grad_ptr,
-    row_exponent_ptr,
+    row_moment_ptr,
     sum_ptr,
     counters_ptr,
+    key_ptr,
     N,
     K,
-    key,
+    R0: tl.constexpr,
     LIMIT: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -67,14 +70,14 @@ def quantize_slot_kernel(
     inside = (row < N)[:, None] & (col < K)[None, :]
     offset = row.to(tl.int64)[:, None] * K + col[None, :]
     grad = widen(tl.load(grad_ptr + offset, inside, 0.0))
-    exponent = tl.load(row_exponent_ptr + row, row < N, 0)
+    exponent = row_exponent(tl.load(row_moment_ptr + row, row < N, 0), R0)
     scale = power_of_two(exponent + 16)
     finite = tl.abs(grad) < float("inf")  # false for NaN
     scaled = tl.where(finite, grad, 0.0) * scale[:, None]
     clipped = tl.abs(scaled) > LIMIT
     q16 = tl.minimum(tl.maximum(scaled, -LIMIT), LIMIT).to(tl.int32)
     if STOCHASTIC:
-        word = hash_word(((row * K)[:, None] + col[None, :]) ^ key)
+        word = hash_word(((row * K)[:, None] + col[None, :]) ^ tl.load(key_ptr))
         q16 += (word & 0xFFFF).to(tl.int32)
     else:
         q16 += 1 << 15

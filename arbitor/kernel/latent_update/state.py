@@ -38,7 +38,10 @@ _ONE_OVER_SQRT_2PI_Q64 = 7359186146747302452
 
 @dataclass
 class TernaryState:
-    """All tensors of one weight matrix [N, K]; integers, updated in place."""
+    """All tensors of one weight matrix [N, K]; integers, updated in place.
+
+    `packed.py` stores latents of 6 and momentum of 4 bits in fewer bytes under the same names.
+    """
 
     latent: Tensor  # int8 [N, K], -127 to 127
     momentum: Tensor  # int8 [N, K]; of the gradient sum: momentum * 2^momentum_exponent
@@ -49,6 +52,13 @@ class TernaryState:
     col_moment: Tensor  # int16 [K]
     tensor_moment: Tensor  # int16 [1]
     num_updates: Tensor  # int32 [1]; 0 = not calibrated yet
+
+
+@dataclass
+class GroupedState(TernaryState):
+    """A state whose groups of weights have whole octaves beside their row's scale."""
+
+    group_exponent: Tensor  # int8 [N, ceil(K / group_size)]
 
 
 def init_state(num_rows: int, num_cols: int, gain: float, seed: int, name: str) -> TernaryState:

@@ -4,7 +4,7 @@ Three kernels an update. `prepare` turns the moments of before into factors of r
 clears the sums, `update` passes once over the matrix, `finish` moves the moments and the scales.
 Sums over rows and columns are 64-bit integer atomics, so the order of programs does not matter.
 Nothing waits for the device. To time an update, call `update_` alone: it leaves the gradient sum
-as it was, and any `updates` from 62 on costs the same.
+as it was.
 
 Shape letters: N rows (outputs), K columns (inputs), G momentum groups = ceil(K / 64). Formula,
 memory layout and roofline: README.md.
@@ -14,53 +14,48 @@ import torch
 import triton
 from torch import Tensor
 
-from arbitor.kernel.latent_update.device_math import device_tables, signed_word
-from arbitor.kernel.latent_update.fixed_point import (
-    log2_fraction,
-    moment_memory,
-    substream_key,
-)
-from arbitor.kernel.latent_update.moments import StepRates, bias_correction
+from arbitor.kernel.latent_update.device_math import device_tables
+from arbitor.kernel.latent_update.fixed_point import log2_fraction
+from arbitor.kernel.latent_update.moments import NUM_WORDS
 from arbitor.kernel.latent_update.moments_triton import finish_kernel, prepare_kernel
 from arbitor.kernel.latent_update.slot_triton import quantize_slot_
 from arbitor.kernel.latent_update.slots import SlotFormat, fraction_bits
 from arbitor.kernel.latent_update.state import GROUP, TernaryState
 from arbitor.kernel.latent_update.update_triton import update_kernel
+from arbitor.kernel.state_format import INT8, StateFormat
 
 __all__ = ["quantize_slot_", "update_"]
 
 # One warp owns 8 rows of one group, 16 weights a thread, and walks down STEPS such tiles: sums
-# over columns and their factors stay in registers. 168 of these let 12 warps share a processor.
+# over columns and their factors stay in registers. 128 of these let 16 warps share a processor.
 TILE = {"BLOCK_N": 8, "num_warps": 1}
-REGISTERS = {True: 168, False: 255}  # where 64 divides K, and elsewhere
-# Tiles a program, from so many weights up: more save starts, fewer fill the processors evenly.
-STEPS = ((1 << 26, 16), (1 << 24, 8), (1 << 22, 4), (0, 2))
+REGISTERS = {True: 128, False: 255}  # where 64 divides K, and elsewhere
+STEPS = 4
 BLOCK_PREPARE = 1024
 BLOCK_FINISH = 128
-
-_ROW_STREAM, _COL_STREAM, _SCALE_MOMENT_STREAM, _SCALE_STREAM, _TENSOR_STREAM = 2, 3, 4, 5, 6
 
 
 def update_(
     state: TernaryState,
     grad_sum_NK: Tensor,
     fmt: SlotFormat,
-    rates: StepRates,
-    key: int,
-    updates: int,
+    words: Tensor,
     counters: Tensor | None = None,
+    format: StateFormat = INT8,
 ) -> None:
     """`reference.update` of a state on a GPU, in place; contiguous tensors.
 
-    `updates` is the number of this update, from 1 on (`num_updates` + 1, which the host must know).
-    Adds to `counters`, int64 [3], the numbers of flips, zeros and saturated latents; counting them
-    takes a quarter more instructions, None leaves it away.
+    `words` int32 on the device are the step's (`update_words`): nothing else differs from step to
+    step, so the launches can be recorded. Adds to `counters`, int64 [3], the numbers of flips,
+    zeros and saturated latents; counting them takes a quarter more instructions, None leaves it
+    away.
     """
     num_rows, num_cols = state.latent.shape
     num_groups = -(-num_cols // GROUP)
     assert grad_sum_NK.shape == state.latent.shape and grad_sum_NK.dtype == fmt.sum_dtype
     assert grad_sum_NK.is_contiguous() and state.latent.is_contiguous()
-    assert state.momentum.is_contiguous() and num_rows * num_cols <= 1 << 32 and updates >= 1
+    assert state.momentum.is_contiguous() and num_rows * num_cols <= 1 << 32
+    assert words.dtype == torch.int32 and words.shape == (NUM_WORDS,)
     device = state.latent.device
     pow2_q11, pow2_q16, log2_q16 = device_tables(device)
     num_blocks = triton.cdiv(max(num_rows, num_cols + 1), BLOCK_PREPARE)  # col_sums has K + 1
@@ -79,9 +74,9 @@ def update_(
         lowest,
         row_sums,
         col_sums,
+        words,
         num_rows,
         num_cols,
-        rates.log2_latent_rate + bias_correction(updates),
         R0=fmt.r0,
         FRACTION=fraction_bits(fmt),
         BLOCK=BLOCK_PREPARE,
@@ -89,8 +84,7 @@ def update_(
     # Squares of a column are added in units that keep the sum over the tensor below 2^62.
     column_shift = max(0, 62 - 2 * fmt.sum_bits - (num_rows * num_cols - 1).bit_length())
     row_tiles = triton.cdiv(num_rows, TILE["BLOCK_N"])
-    steps = next(steps for size, steps in STEPS if num_rows * num_cols >= size)
-    steps = min(steps, triton.next_power_of_2(row_tiles))
+    steps = min(STEPS, triton.next_power_of_2(row_tiles))
     grid = (num_groups, triton.cdiv(row_tiles, steps))
     update_kernel[grid](
         grad_sum_NK,
@@ -103,23 +97,23 @@ def update_(
         row_sums,
         col_sums,
         counters,
+        words,
         num_rows,
         num_cols,
         num_groups,
         num_blocks,
-        signed_word(key),
         column_shift,
-        rates.max_latent_step,
         SUM_BITS=fmt.sum_bits,
         ALIGNED=num_cols % GROUP == 0,
         WIDE=column_shift > 30 or fmt.sum_bits > 15,
         COUNT=counters is not None,
+        MOMENTUM_BITS=format.momentum_bits,
+        LATENT_SHIFT=format.latent_shift,
         STEPS=steps,
         BLOCK_BLOCKS=triton.next_power_of_2(num_blocks),
         maxnreg=REGISTERS[num_cols % GROUP == 0],
         **TILE,
     )
-    streams = (_ROW_STREAM, _COL_STREAM, _TENSOR_STREAM, _SCALE_MOMENT_STREAM, _SCALE_STREAM)
     finish_kernel[(triton.cdiv(max(num_rows, num_cols), BLOCK_FINISH),)](
         state.row_moment,
         state.col_moment,
@@ -134,17 +128,13 @@ def update_(
         row_sums,
         col_sums,
         counters,
+        words,
         num_rows,
         num_cols,
         num_blocks,
-        updates,
-        moment_memory(updates),
-        bias_correction(updates),
-        rates.scale_step,
         log2_fraction(num_rows),
         log2_fraction(num_cols),
         column_shift,
-        *(signed_word(substream_key(key, stream)) for stream in streams),
         FRACTION=fraction_bits(fmt),
         COUNT=counters is not None,
         BLOCK=BLOCK_FINISH,

@@ -6,13 +6,15 @@ Shape letters: N rows (outputs), K columns (inputs), G momentum groups = ceil(K 
 import triton
 import triton.language as tl
 
+from arbitor.kernel.latent_update.moments import WORD_MAX_STEP
 from arbitor.kernel.triton_numeric import INTERPRET, power_of_two
 
 _MAGIC = tl.constexpr(1.5 * 2.0**23)  # float32 counts in ones here
 _MAGIC_BITS = tl.constexpr(0x4B400000)
+MAX_STEP = tl.constexpr(WORD_MAX_STEP)
 
 
-@triton.jit(do_not_specialize=["N", "G", "num_blocks", "key", "column_shift", "max_step"])
+@triton.jit(do_not_specialize=["N", "G", "num_blocks", "column_shift"])
 def update_kernel(
     grad_ptr,
     latent_ptr,
@@ -24,17 +26,18 @@ def update_kernel(
     row_sums_ptr,
     col_sums_ptr,
     counters_ptr,
+    words_ptr,
     N,
     K,
     G,
     num_blocks,
-    key,
     column_shift,
-    max_step,
     SUM_BITS: tl.constexpr,
     ALIGNED: tl.constexpr,
     WIDE: tl.constexpr,
     COUNT: tl.constexpr,
+    MOMENTUM_BITS: tl.constexpr,
+    LATENT_SHIFT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STEPS: tl.constexpr,
     BLOCK_BLOCKS: tl.constexpr,
@@ -42,6 +45,11 @@ def update_kernel(
     """One group of 64 columns, STEPS tiles of BLOCK_N rows: steps 1 to 4 for every weight."""
     GROUP: tl.constexpr = 64
     FRACTION: tl.constexpr = 21 - SUM_BITS
+    MOMENTUM_MAX: tl.constexpr = (1 << (MOMENTUM_BITS - 1)) - 1
+    PLACES: tl.constexpr = 16 + LATENT_SHIFT  # below the grid of the latents
+    BELOW: tl.constexpr = (1 << PLACES) - 1
+    LATENT_MAX: tl.constexpr = 127 >> LATENT_SHIFT
+    key, max_step = tl.load(words_ptr), tl.load(words_ptr + MAX_STEP)
     group = tl.program_id(0)
     lane = tl.arange(0, GROUP)
     col = group * GROUP + lane
@@ -84,7 +92,7 @@ def update_kernel(
         word = word * 0x7FEB352D
         word ^= word >> 15
         word = word * 0x846CA68B  # its upper half is the hash's already
-        low = ((word ^ (word >> 16)) & 0xFFFF).to(tl.int32)
+        low = ((word ^ (word >> 16)) & BELOW).to(tl.int32)
 
         square = grad.to(tl.uint32) * grad.to(tl.uint32)
         if SUM_BITS <= 13:  # 64 squares stay below 2^32
@@ -102,25 +110,26 @@ def update_kernel(
             cut = square.to(tl.int32) >> tl.minimum(right, 31)[:, None]
             col_sum += cut.to(tl.int64) * (1 << left).to(tl.int64)[:, None]
 
-        places = tl.minimum(tl.maximum(exponent + unit, -31), 15)
+        places = tl.minimum(tl.maximum(exponent + unit, -31), 23 - MOMENTUM_BITS)
         blended = momentum * (230 << tl.maximum(places, 0))[:, None]
         blended = (blended >> tl.maximum(-places, 0)[:, None]) + grad * (26 << FRACTION)
         peak = tl.max(tl.abs(blended), 1)
         # Bit length from the exponent of a float that cannot have been rounded up.
         top = (peak & ~(peak >> 1)).to(tl.float32).to(tl.int32, bitcast=True)
-        dropped = tl.maximum((top >> 23) - 133, 0)
+        dropped = tl.maximum((top >> 23) - (125 + MOMENTUM_BITS), 0)
         exponent = tl.minimum(tl.maximum(dropped - (unit + 8), -128), 127)
         exponent = tl.where(peak > 0, exponent, -128)
         dither = tl.umulhi(word & 0xFFFF0000, (1 << dropped).to(tl.uint32)[:, None])
         momentum = (blended + dither.to(tl.int32)) >> dropped[:, None]
-        momentum = tl.minimum(tl.maximum(momentum, -127), 127)
+        momentum = tl.minimum(tl.maximum(momentum, -MOMENTUM_MAX), MOMENTUM_MAX)
 
         octave = tl.minimum(tl.maximum(row_octave - exponent, -64), 64)
         row_scale = (row_power * power_of_two(-octave))[:, None]
         move = clamped_floor(momentum.to(tl.float32) * row_scale, col_scale, max_step)
-        # latent - ((move + low) >> 16)
-        moved = (latent * 65536 + 65535) - move - low
-        moved = tl.minimum(tl.maximum(moved, -127 << 16), 127 << 16 | 0xFFFF) >> 16
+        # latent - ((move + low) >> 16), or on a coarser grid
+        moved = (latent * 65536 + BELOW) - move - low
+        moved = tl.minimum(tl.maximum(moved, -LATENT_MAX << PLACES), LATENT_MAX << PLACES | BELOW)
+        moved = moved >> PLACES << LATENT_SHIFT
 
         trit = ((latent + 234) >> 8) + ((latent + 21) >> 8)
         scale_sum = tl.sum(blended.to(tl.int64) * trit.to(tl.int64), 1)
@@ -129,7 +138,8 @@ def update_kernel(
             turn = new_trit - trit
             flags = (turn * turn + 3) >> 2
             flags += new_trit * new_trit * 1024
-            flags += ((moved * moved + 255) >> 14) << 20
+            reach = moved >> LATENT_SHIFT  # the square of the largest is 1 below this power
+            flags += ((reach * reach + 2 * LATENT_MAX + 1) >> (14 - 2 * LATENT_SHIFT)) << 20
             counts += tl.sum(tl.reshape(flags, (BLOCK_N, 4, GROUP // 4)), 2)
 
         tl.store(latent_ptr + offset, moved.to(tl.int8), inside)

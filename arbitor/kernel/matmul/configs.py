@@ -39,7 +39,6 @@ _DEFAULT: dict[str, Choice] = {
     "forward": LIBRARY,
     "backward_x": LIBRARY,
     "backward_weight": LIBRARY,
-    "backward_weight_to_sum": _EXACT,
 }
 _TABLE: dict[tuple[str, str], Choice] = {}  # (device, op)
 
@@ -48,7 +47,7 @@ def choose_gemm(
     op: str, device: torch.device, dtype: torch.dtype, M: int, N: int, K: int
 ) -> Choice:
     """The implementation of C[M, N] = A[M, K] B[N, K]^T for an `op` of `_DEFAULT`."""
-    exact = op.startswith("backward_weight")
+    exact = op == "backward_weight"
     if min(M, N) < _SMALL_BELOW:
         tile = _SMALL_EXACT if exact else _SMALL
     else:

@@ -15,20 +15,22 @@ from arbitor.kernel.matmul.plane import row_bytes_of
 from arbitor.kernel.matmul.quantize import Quantized
 from arbitor.kernel.triton_numeric import INTERPRET, nearest
 
-# Largest M of a row of the table -> (block of positions, of outputs, of bytes, warps, stages).
+# (largest M, smallest N) -> (outputs, bytes, warps, stages) of a tile, the first that fits: tall
+# tiles where they fill a GPU. Swept on an H200 (`benchmarks/tune.py`).
 _TILES = (
-    (16, (16, 64, 128, 4, 5)),
-    (32, (32, 64, 128, 4, 4)),
-    (64, (64, 64, 128, 4, 4)),
+    (16, 128 * 128, (128, 128, 4, 5)),
+    (16, 0, (64, 512, 4, 3)),
+    (64, 128 * 128, (128, 128, 4, 5)),
+    (64, 0, (64, 128, 4, 5)),
 )
-MAX_POSITIONS = _TILES[-1][0]
+MAX_POSITIONS = 64
 
 
 def plane_matmul(x: Quantized, plane_NQ: Tensor, row_scale_N: Tensor) -> Tensor:
     """bfloat16 y [M, N] of at most `MAX_POSITIONS` positions with fp8 or int8 codes."""
     (M, K), (N, row_bytes) = x.codes.shape, plane_NQ.shape
     assert M <= MAX_POSITIONS and row_bytes == row_bytes_of(K) and x.codes.stride(1) == 1
-    block_m, block_n, block_q, num_warps, num_stages = next(t for m, t in _TILES if m >= M)
+    block_n, block_q, num_warps, num_stages = next(t for m, n, t in _TILES if m >= M and n <= N)
     out_MN = torch.empty(M, N, dtype=torch.bfloat16, device=plane_NQ.device)
     plane_matmul_forward_kernel[(triton.cdiv(N, block_n),)](
         plane_NQ,
@@ -41,7 +43,7 @@ def plane_matmul(x: Quantized, plane_NQ: Tensor, row_scale_N: Tensor) -> Tensor:
         x.codes.stride(0),
         K=K,
         ROW_BYTES=row_bytes,
-        BLOCK_M=block_m,
+        BLOCK_M=max(16, triton.next_power_of_2(M)),
         BLOCK_N=block_n,
         BLOCK_Q=block_q,
         num_warps=num_warps,

@@ -14,47 +14,51 @@ from arbitor.kernel.matmul import reference
 from arbitor.kernel.matmul.quantize import Quantized
 
 
-def forward(x: Quantized, latent_NK: Tensor, row_scale_N: Tensor) -> Tensor:
-    """bfloat16 y [M, N] = 2^s * scale * (codes . trits)."""
+def forward(x: Quantized, weight_NK: Tensor, row_scale_N: Tensor) -> Tensor:
+    """bfloat16 y [M, N] = 2^s * scale * (codes . weight).
+
+    The weight is int8 latents, which stand for trits, or a bfloat16 operand. That one takes plain
+    bfloat16 matmuls on every backend but TileLang.
+    """
     if active_backend() == "tilelang":
         from arbitor.kernel.matmul import tilelang
 
-        y_MN, path = tilelang.matmul_forward(x, latent_NK, row_scale_N), "tilelang"
-    elif runs_triton(latent_NK):
+        y_MN, path = tilelang.matmul_forward(x, weight_NK, row_scale_N), "tilelang"
+    elif _decodes_on_gpu(weight_NK):
         from arbitor.kernel.matmul import triton
 
-        y_MN, path = triton.matmul_forward(x, latent_NK, row_scale_N)
+        y_MN, path = triton.matmul_forward(x, weight_NK, row_scale_N)
     else:
-        trits_NK = trits(latent_NK).to(torch.bfloat16)
-        y_MN, path = reference.matmul_forward(x, trits_NK, row_scale_N), "torch"
+        y_MN, path = reference.matmul_forward(x, _operand(weight_NK), row_scale_N), "torch"
     count_path("matmul.forward", path)
     return y_MN
 
 
 def backward(
-    grad_MN: Tensor, x: Quantized, latent_NK: Tensor, row_scale_N: Tensor, activation: str
+    grad_MN: Tensor, x: Quantized, weight_NK: Tensor, row_scale_N: Tensor, activation: str
 ) -> tuple[Tensor, Tensor]:
     """Gradients with respect to the dequantized input [M, K] and the effective weight [N, K].
 
     Both float32 on the torch path; elsewhere the input's is bfloat16, the weight's as its path
-    leaves it. One function, because the gradient of y is read once for both.
+    leaves it. One function, because the gradient of y is read once for both. `weight_NK` as in
+    `forward`.
     """
-    if not runs_triton(latent_NK):
+    if not _decodes_on_gpu(weight_NK):
         grad_NK = reference.matmul_backward_weight(grad_MN, x, activation)
-        trits_NK = trits(latent_NK).to(torch.bfloat16)
-        grad_MK = reference.matmul_backward_x(grad_MN, trits_NK, row_scale_N, activation)
+        operand_NK = _operand(weight_NK)
+        grad_MK = reference.matmul_backward_x(grad_MN, operand_NK, row_scale_N, activation)
         paths = ("torch", "torch")
     elif activation == "int8":
         from arbitor.kernel.matmul import triton
 
-        grad_MK, grad_NK = triton.int8_backward(grad_MN, x, latent_NK, row_scale_N)
+        grad_MK, grad_NK = triton.int8_backward(grad_MN, x, weight_NK, row_scale_N)
         paths = ("cublas", "cublas")
     else:
         from arbitor.kernel.matmul import triton
 
         for_x, for_weight = triton.quantize_gradient(grad_MN, row_scale_N, x.scale)
         grad_NK, weight_path = triton.matmul_backward_weight(for_weight, x)
-        grad_MK, x_path = triton.matmul_backward_x(for_x, latent_NK)
+        grad_MK, x_path = triton.matmul_backward_x(for_x, weight_NK)
         paths = (x_path, weight_path)
     count_path("matmul.backward_x", paths[0])
     count_path("matmul.backward_weight", paths[1])
@@ -71,3 +75,11 @@ def row_scale(log2_scale_N: Tensor) -> Tensor:
     log2_scale_N = log2_scale_N.int()
     mantissa_N = POW2_Q16.to(log2_scale_N.device)[log2_scale_N & 255].float()
     return mantissa_N * float32_power_of_two((log2_scale_N >> 8) - 16)
+
+
+def _decodes_on_gpu(weight_NK: Tensor) -> bool:
+    return weight_NK.dtype == torch.int8 and runs_triton(weight_NK)
+
+
+def _operand(weight_NK: Tensor) -> Tensor:
+    return trits(weight_NK).to(torch.bfloat16) if weight_NK.dtype == torch.int8 else weight_NK

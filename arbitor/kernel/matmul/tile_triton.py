@@ -87,8 +87,3 @@ def add_products(accumulator, a, b, EXACT: tl.constexpr, BLOCK_K: tl.constexpr):
     else:
         accumulator = tl.dot(a, b, accumulator, out_dtype=accumulator.dtype)
     return accumulator
-
-
-@triton.jit
-def count(mask):
-    return tl.sum(tl.sum(mask.to(tl.int32), 1), 0)

@@ -1,4 +1,4 @@
-"""Forward matmul of a ternary linear in TileLang, an optional extra, for inference.
+"""Forward matmul of a ternary linear in TileLang, an optional extra.
 
 Oracle: `reference.py::matmul_forward`. Shape letters: M positions, N outputs, K inputs.
 """
@@ -22,22 +22,26 @@ except ImportError:
 _NAMES = {
     torch.float8_e4m3fn: ("float8_e4m3fn", "float32"),
     torch.int8: ("int8", "int32"),
+    torch.bfloat16: ("bfloat16", "float32"),
 }
 
 
-def matmul_forward(x: Quantized, latent_NK: Tensor, row_scale_N: Tensor) -> Tensor:
-    """bfloat16 y [M, N]."""
+def matmul_forward(x: Quantized, weight_NK: Tensor, row_scale_N: Tensor) -> Tensor:
+    """bfloat16 y [M, N]; the weight is int8 latents or a bfloat16 operand."""
     if tilelang is None:
         raise UserError(
             "backend tilelang: TileLang is not installed; pip install 'arbitor[tilelang]'"
         )
-    (M, K), N = x.codes.shape, latent_NK.shape[0]
-    kernel = _build(M, N, K, *_NAMES[x.codes.dtype])
-    return kernel(x.codes, trits(latent_NK).to(x.codes.dtype), x.scale.flatten(), row_scale_N)
+    if weight_NK.dtype == torch.int8:
+        codes, operand_NK = x.codes, trits(weight_NK).to(x.codes.dtype)
+    else:
+        codes, operand_NK = x.operand(), weight_NK
+    kernel = _build(*codes.shape, weight_NK.shape[0], *_NAMES[codes.dtype])
+    return kernel(codes, operand_NK, x.scale.flatten(), row_scale_N)
 
 
 @lru_cache(maxsize=256)
-def _build(M: int, N: int, K: int, operand: str, accumulator: str) -> Any:
+def _build(M: int, K: int, N: int, operand: str, accumulator: str) -> Any:
     block_m, block_n, block_k = 128, 128, 64
 
     @T.prim_func

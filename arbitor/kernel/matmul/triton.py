@@ -6,13 +6,14 @@ grad_w, whose further sum is float32.
 Shape letters: M positions, N outputs, K inputs.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
-from arbitor.kernel.latent_update.slots import SlotFormat
 from arbitor.kernel.matmul.configs import LIBRARY, choose_gemm
 from arbitor.kernel.matmul.decode_triton import decode_weight
-from arbitor.kernel.matmul.gemm_triton import matmul_backward_weight_to_sum_, matmul_scaled
+from arbitor.kernel.matmul.gemm_triton import matmul_scaled
 from arbitor.kernel.matmul.quantize import Quantized
 from arbitor.kernel.matmul.quantize_triton import quantize_gradient
 
@@ -21,7 +22,6 @@ _LIBRARY_GRADIENT = torch.bfloat16
 
 __all__ = [
     "matmul_backward_weight",
-    "matmul_backward_weight_to_sum",
     "matmul_backward_x",
     "matmul_forward",
     "quantize_gradient",
@@ -63,7 +63,7 @@ def matmul_backward_x(grad: Quantized, latent_NK: Tensor) -> tuple[Tensor, str]:
         grad.codes,
         trits_KN.T,
         scale_a=grad.scale,
-        scale_b=torch.ones(1, K, dtype=torch.float32, device=latent_NK.device),
+        scale_b=_ones(K, latent_NK.device),
         out_dtype=torch.bfloat16,
         use_fast_accum=True,
     )
@@ -85,33 +85,22 @@ def matmul_backward_weight(grad: Quantized, x: Quantized) -> tuple[Tensor, str]:
         grad_NM,
         x_KM.T,
         scale_a=grad.scale.reshape(N, 1),
-        scale_b=torch.ones(1, K, dtype=torch.float32, device=grad_NM.device),
+        scale_b=_ones(K, grad_NM.device),
         out_dtype=_LIBRARY_GRADIENT,
         use_fast_accum=False,
     )
     return grad_NK, "cublas"
 
 
-def matmul_backward_weight_to_sum(
-    sum_NK: Tensor,
-    grad: Quantized,
-    x: Quantized,
-    row_exponent_N: Tensor,
-    fmt: SlotFormat,
-    key: int,
-    counters: Tensor,
-) -> str:
-    """`matmul_backward_weight` as integers of the slot, added to `sum_NK`, in one kernel.
+def _ones(count: int, device: torch.device) -> Tensor:
+    """float32 [1, count] for the library, which wants a scale for every column."""
+    return _one_bits(count, device).view(torch.float32)
 
-    `counters` int64 [2] gains the numbers of non-finite and clipped entries.
-    """
-    grad_NM, x_KM = grad.codes.T, x.codes.T
-    (N, M), K = grad_NM.shape, x_KM.shape[0]
-    config = choose_gemm("backward_weight_to_sum", grad_NM.device, grad_NM.dtype, N, K, M)
-    matmul_backward_weight_to_sum_(
-        sum_NK, grad_NM, grad.scale, x_KM, row_exponent_N, fmt, key, counters, config
-    )
-    return "triton"
+
+@lru_cache(maxsize=256)
+def _one_bits(count: int, device: torch.device) -> Tensor:
+    """Kept between steps, hence integers: the bits of 1.0."""
+    return torch.full((1, count), 0x3F800000, dtype=torch.int32, device=device)
 
 
 def int8_backward(

@@ -1,0 +1,65 @@
+"""Steps whose launches are recorded and replayed leave the bits of steps launched one by one."""
+
+import numpy as np
+import pytest
+import torch
+
+from arbitor import optimizer as optimizer_module
+from arbitor import trainer as trainer_module
+from arbitor.batch import SlotBatch
+from arbitor.kernel.backend import set_backend
+from arbitor.main import ARBModel, ModelConfig
+from arbitor.optimizer import TernaryOptimizer, UpdateConfig
+from arbitor.trainer import SlotRunner, train_step
+
+CONFIG = ModelConfig(width=192, num_layers=2, enable_attention=True)
+STEPS = 5
+
+
+def make_batch(step, slot):
+    # Two shapes of slots, so that two recordings take turns.
+    shape = (4, 65) if slot % 3 else (2, 129)
+    symbols = np.random.default_rng([step, slot]).integers(0, 256, shape, dtype=np.uint16)
+    return SlotBatch.from_symbols(
+        symbols, step=step, slot=slot, source="made-up", modality="text", device="cuda"
+    )
+
+
+def trained(slots, options):
+    torch.use_deterministic_algorithms(True)
+    set_backend("triton")
+    config = UpdateConfig(warmup_steps=2, **options)
+    with torch.device("cuda"):
+        model = ARBModel(CONFIG, 0, config)
+    optimizer = TernaryOptimizer(model, config, total_steps=STEPS, slots_per_step=slots, seed=0)
+    run_slot = SlotRunner(model, optimizer)
+    reports = [
+        train_step(run_slot, step, [make_batch(step, slot) for slot in range(slots)])
+        for step in range(STEPS)
+    ]
+    torch.use_deterministic_algorithms(False)
+    return model, reports, len(run_slot._recorded) + len(optimizer._recorded_updates)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("slots", [3, 20], ids=["nearest", "stochastic"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"rule": "bigint"},
+        {"momentum_bits": 4, "latent_bits": 6},
+        {"momentum_bits": 4, "group_size": 32},
+    ],
+    ids=str,
+)
+def test_recorded_steps_leave_the_bits_of_launched_ones(options, slots, monkeypatch):
+    recorded, reports, recordings = trained(slots, options)
+    assert recordings == 3
+    for module in (optimizer_module, trainer_module):
+        monkeypatch.setattr(module, "can_record", lambda device: False)
+    launched, expected_reports, recordings = trained(slots, options)
+    assert recordings == 0
+    assert reports == expected_reports
+    for (name, left), right in zip(recorded.state_dict().items(), launched.buffers(), strict=True):
+        assert torch.equal(left, right), name
