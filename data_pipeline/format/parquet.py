@@ -27,6 +27,7 @@ from data_pipeline.format.shard import (
 )
 
 BATCH_ROWS = 64
+GROUP_BYTES = 1 << 30  # of media in a row group, at most
 
 
 class ParquetShard:
@@ -53,6 +54,11 @@ class ParquetShard:
         self._check_text(required=self._columns.text != "text")
         for number in range(self._file.num_row_groups):
             rows, num_bytes, digest = self._describe(number)
+            if num_bytes > GROUP_BYTES:
+                raise UserError(
+                    f"{self._place}: row group {number} has {num_bytes / 1e9:.1f} GB and can only"
+                    f" be read whole; write them with about 100 MB each (row_group_size)"
+                )
             yield MediaGroup(Group(number, 0), rows, num_bytes, digest)
 
     def read_media(self, group: Group, start: int, stop: int) -> tuple[list[MediaRow], str]:

@@ -134,6 +134,12 @@ def test_a_null_in_every_column_and_wrong_types(tmp_path):
     refused(path, "text", "all training rows")
 
 
+def test_a_row_group_that_no_memory_holds_is_refused(tmp_path, monkeypatch):
+    write_media_parquet(tmp_path / "rows.parquet", media_rows("image", 20), "image", group=20)
+    monkeypatch.setattr("data_pipeline.format.parquet.GROUP_BYTES", 1000)
+    refused(tmp_path / "rows.parquet", "image", "row group 0 has 0.0 GB", "row_group_size")
+
+
 def test_wrong_json_of_images_is_counted(tmp_path):
     path = tmp_path / "rows.jsonl"
     write_media_jsonl(path, media_rows("image", 20), "image")

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import ray
@@ -94,6 +95,34 @@ def test_two_workers_that_hold_every_cpu_see_the_plan_together(five):
     logs = ray.get([worker.remote(five, rank) for rank in (0, 1)], timeout=120)
     assert sorted(logs[0] + logs[1]) == expected
     assert len(logs[0]) == len(logs[1]) == 50
+
+
+def test_a_killed_worker_and_then_two_log_the_plan(five, tmp_path):
+    """SIGKILL in the middle of a step; what is replayed is the same."""
+
+    def consume(data, rank, world, start, stop, kill_at):
+        import os
+        import signal
+
+        from data_pipeline.stream import stream_slots
+
+        for number, slot in enumerate(stream_slots(data, start, stop, rank, world)):
+            with open(f"{tmp_path}/log", "a") as file:
+                file.write(json.dumps([slot.step, slot.slot, slot.sha256]) + "\n")
+            if number == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    expected = {(s.step, s.slot): s.sha256 for s in read_slots(five, 0, 30, 0, 1)}
+    worker = ray.remote(num_cpus=0, max_retries=0)(consume)
+    for start, stop, world, kill_at in ((0, 30, 1, 41), (10, 30, 2, None)):
+        ranks = [worker.remote(five, r, world, start, stop, kill_at) for r in range(world)]
+        for rank in ranks:
+            with nullcontext() if kill_at is None else pytest.raises(ray.exceptions.RayError):
+                ray.get(rank, timeout=60)
+    logged = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert len(logged) == 42 + 20 * 4
+    assert {(step, slot): expected[step, slot] for step, slot, _ in logged} == expected
+    assert all(expected[step, slot] == sha256 for step, slot, sha256 in logged)
 
 
 def test_swapped_windows_of_images_are_refused(five, monkeypatch):
