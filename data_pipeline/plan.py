@@ -12,19 +12,22 @@ State at a step is how many slots each lane has served; it is kept every `BLOCK_
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 
-from data_pipeline.mixture import Mixture, weight_points
+from data_pipeline.mixture import NEVER, Limit, Mixture, weight_points
 from data_pipeline.permutation import keyed_permutation, random_words
 
-BLOCK_STEPS = 256  # steps worked out at once, and between two kept states
+BLOCK_STEPS = 256  # steps worked out at once
+TABLE_BLOCKS = 4  # between two states that are kept
 CACHED_BLOCKS = 8
 CACHED_WINDOWS = 1 << 20  # windows of cached epoch orders, per source
+CACHED_EPOCHS = 1024
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,15 @@ class PlannedSource:
     name: str
     weight: float | list[list[float]]
     micro_batches_per_window: Sequence[int]
+    max_epochs: int = 0  # 0 = no limit
+    when_exhausted: str = "drop"
+
+    @property
+    def limit(self) -> Limit | None:
+        if not self.max_epochs:
+            return None
+        slots = self.max_epochs * sum(self.micro_batches_per_window)
+        return Limit(slots, self.when_exhausted == "stop")
 
 
 class SlotPlan(NamedTuple):
@@ -56,24 +68,64 @@ class WindowKey(NamedTuple):
     window: int
 
 
-class Plan:
-    """The slots of every step of a run, for every rank. `sources` are the active ones."""
+States = Mapping[int, Sequence[Sequence[int]]]  # by step: slots served by source and lane
+Held = dict[tuple[str, int], WindowKey]  # the window of each (source, lane)
 
-    def __init__(self, sources: Sequence[PlannedSource], slots_per_step: int, seed: int):
+
+class Plan:
+    """The slots of every step of a run, for every rank. `sources` are the active ones.
+
+    `states` are known ones of the same plan, by step (`state`): they make later steps near.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[PlannedSource],
+        slots_per_step: int,
+        seed: int,
+        states: States | None = None,
+    ):
         self.sources = tuple(sources)
         self.slots_per_step = slots_per_step
         self.seed = seed
-        self.mixture = Mixture([weight_points(s.weight) for s in sources], slots_per_step)
+        points = [weight_points(source.weight) for source in sources]
+        self.mixture = Mixture(points, slots_per_step, [source.limit for source in sources])
         self.lanes = [SourceLanes(source, slots_per_step, seed) for source in sources]
         # [block][source, lane]: slots served before the block
-        self._served = [np.zeros((len(self.sources), slots_per_step), np.int64)]
+        self._served = {0: np.zeros((len(self.sources), slots_per_step), np.int64)}
+        for step, served in (states or {}).items():
+            assert step % BLOCK_STEPS == 0, f"a state of step {step}"
+            self._served[step // BLOCK_STEPS] = np.array(served, np.int64)
         self._blocks: dict[int, _Block] = {}
+
+    def __reduce__(self) -> tuple:
+        """Without its caches, which another thread may be changing."""
+        return Plan, (self.sources, self.slots_per_step, self.seed)
+
+    def with_states(self, states: States) -> "Plan":
+        """The same plan for another thread or process, near to the steps of `states`."""
+        return Plan(self.sources, self.slots_per_step, self.seed, states)
+
+    @property
+    def end(self) -> int:
+        """The first step that limits leave without data; NEVER where there is none."""
+        return self.mixture.end
+
+    def state(self, step: int) -> tuple[int, list[list[int]]]:
+        """The newest (step, slots served by source and lane) at most at `step`, for `states`."""
+        index = step // BLOCK_STEPS // TABLE_BLOCKS * TABLE_BLOCKS
+        return index * BLOCK_STEPS, self._served_before(index).tolist()
 
     @cached_property
     def fingerprint(self) -> str:
         """sha256 hex of everything that the slots follow from."""
         sources = [
-            [s.name, str(weight_points(s.weight)), [int(n) for n in s.micro_batches_per_window]]
+            [
+                s.name,
+                str(weight_points(s.weight)),
+                [int(n) for n in s.micro_batches_per_window],
+                [s.max_epochs, s.when_exhausted],
+            ]
             for s in self.sources
         ]
         content = json.dumps([self.seed, self.slots_per_step, sources])
@@ -84,7 +136,11 @@ class Plan:
         return list(self.walk(step, step + 1, rank=0, world=1))
 
     def walk(self, start: int, stop: int, rank: int, world: int) -> Iterator[SlotPlan]:
-        """The slots of rank `rank` of `world` in steps start .. stop - 1, by (step, slot)."""
+        """The slots of rank `rank` of `world` in steps start .. stop - 1, by (step, slot).
+
+        None from step `end` on.
+        """
+        stop = min(stop, self.end)
         names = [source.name for source in self.sources]
         for index in range(start // BLOCK_STEPS, -(-stop // BLOCK_STEPS)):
             first = index * BLOCK_STEPS
@@ -96,41 +152,60 @@ class Plan:
                     slot = rank + lane * world
                     yield SlotPlan(first + row, slot, names[source], epoch, window, micro_batch)
 
-    def windows(self, start: int, stop: int, rank: int, world: int) -> Iterator[WindowKey]:
-        """The windows that `walk` opens, in order: one whenever a lane goes on to another."""
-        held: dict[tuple[str, int], WindowKey] = {}
+    def windows(
+        self, start: int, stop: int, rank: int, world: int, held: Held | None = None
+    ) -> Iterator[WindowKey]:
+        """The windows that `walk` opens, in order: one whenever a lane goes on to another.
+
+        `held` are those open before, and is kept up to date.
+        """
+        held = {} if held is None else held
         for slot in self.walk(start, stop, rank, world):
             key = WindowKey(slot.source, slot.slot, slot.epoch, slot.window)
             if held.get(key[:2]) != key:
                 held[key[:2]] = key
                 yield key
 
+    def windows_after(self, key: WindowKey) -> Iterator[int]:
+        """The other windows of the source in the order of the key's epoch, from the key's on."""
+        names = [source.name for source in self.sources]
+        order = self.lanes[names.index(key.source)].order(key.epoch)[0].tolist()
+        place = order.index(key.window)
+        yield from order[place + 1 :] + order[:place]
+
     def served(self, step: int) -> np.ndarray:
         """int64 [source, lane]: slots served before `step`; the state of the data at that step."""
         index, row = divmod(step, BLOCK_STEPS)
-        before, block = self._served_before(index), self._block(index)
-        return before + _one_hot(block.source[:row], len(self.sources)).sum(axis=1)
+        before, source = self._served_before(index), self._sources_of(index)
+        return self._deal(before, source[:row])[2]
 
     def _served_before(self, index: int) -> np.ndarray:
-        while len(self._served) <= index:
-            self._sources_of(len(self._served) - 1)
+        """The state before a block, worked out from the newest one known before it."""
+        known = sorted(self._served)
+        for i in range(known[bisect_right(known, index) - 1], index):
+            after = self._deal(self._served[i], self._sources_of(i))[2]
+            self._keep(i + 1, after)
         return self._served[index]
 
-    def _sources_of(self, index: int) -> np.ndarray:
-        """int64 [BLOCK_STEPS, S]: the source of each slot of block `index`.
+    def _keep(self, index: int, served: np.ndarray) -> None:
+        self._served[index] = served
+        if (index - 1) % TABLE_BLOCKS:
+            self._served.pop(index - 1, None)
 
-        Keeps the state after the block too. The state before it must be known.
+    def _sources_of(self, index: int) -> np.ndarray:
+        """int64 [BLOCK_STEPS, S]: the source of each slot of block `index`; -1 from `end` on.
+
+        The state before it must be known.
         """
+        first = index * BLOCK_STEPS
         size = (BLOCK_STEPS, self.slots_per_step)
+        order = np.full(size, -1, np.int64)
+        steps = max(0, min(BLOCK_STEPS, self.end - first))
         counts = self._served[index].sum(axis=1)
-        first = index * BLOCK_STEPS * self.slots_per_step
-        order = np.array(self.mixture.serve(first, size[0] * size[1], counts)).reshape(size)
+        count = steps * self.slots_per_step
+        order[:steps].flat = self.mixture.serve(first * self.slots_per_step, count, counts)
         words = random_words(order.size, self.seed, "slots", index).reshape(size)
-        source = np.take_along_axis(order, np.argsort(words, axis=1, kind="stable"), axis=1)
-        if len(self._served) == index + 1:
-            served = _one_hot(source, len(self.sources)).sum(axis=1)
-            self._served.append(self._served[index] + served)
-        return source
+        return np.take_along_axis(order, np.argsort(words, axis=1, kind="stable"), axis=1)
 
     def _block(self, index: int) -> "_Block":
         if index not in self._blocks:
@@ -142,14 +217,31 @@ class Plan:
     def _work_out(self, index: int) -> "_Block":
         served = self._served_before(index)
         source = self._sources_of(index)
-        block = _Block(source, *(np.empty_like(source) for _ in range(3)))
-        for i, chosen in enumerate(_one_hot(source, len(self.sources))):
-            count = served[i] + np.cumsum(chosen, axis=0) - 1  # before the slot itself
-            lane = np.nonzero(chosen)[1]
-            located = self.lanes[i].locate(lane, count[chosen])
+        block = _Block(source, *(np.full_like(source, -1) for _ in range(3)))
+        lane, count, after = self._deal(served, source)
+        for i, lanes in enumerate(self.lanes):
+            chosen = source == i
+            located = lanes.locate(lane[chosen], count[chosen])
             for column, values in zip(block[1:], located, strict=True):
                 column[chosen] = values
+        if index + 1 not in self._served:
+            self._keep(index + 1, after)
         return block
+
+    def _deal(
+        self, served: np.ndarray, source: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(lane [step, S] that each slot takes from, its slots served before, the state after)."""
+        lane = np.broadcast_to(np.arange(self.slots_per_step), source.shape).copy()
+        count, after = np.full_like(source, -1), served.copy()
+        for i, lanes in enumerate(self.lanes):
+            chosen = source == i
+            after[i] += chosen.sum(axis=0)
+            if lanes.quotas is None or (after[i] <= lanes.quotas).all():
+                count[chosen] = (served[i] + np.cumsum(chosen, axis=0) - 1)[chosen]
+            else:
+                after[i], lane[chosen], count[chosen] = lanes.deal(served[i], lane[chosen])
+        return lane, count, after
 
 
 class _Block(NamedTuple):
@@ -159,11 +251,6 @@ class _Block(NamedTuple):
     epoch: np.ndarray
     window: np.ndarray
     micro_batch: np.ndarray
-
-
-def _one_hot(source: np.ndarray, num_sources: int) -> np.ndarray:
-    """bool [source, step, lane]."""
-    return source[None] == np.arange(num_sources)[:, None, None]
 
 
 class SourceLanes:
@@ -177,25 +264,49 @@ class SourceLanes:
         self.epochs_per_round = -(-num_lanes // self.micro_batches)
         bounds = np.arange(num_lanes + 1) * self.micro_batches * self.epochs_per_round // num_lanes
         self.starts, self.lengths = bounds[:-1], np.diff(bounds)
+        # Rounds before the last one, which may have fewer epochs; there are none without a limit.
+        self._full_rounds, self._last_starts, self.quotas = NEVER, self.starts, None
+        if source.max_epochs:
+            self._full_rounds, epochs = divmod(source.max_epochs, self.epochs_per_round)
+            bounds = np.arange(num_lanes + 1) * self.micro_batches * epochs // num_lanes
+            self._last_starts = bounds[:-1]
+            self.quotas = self._full_rounds * self.lengths + np.diff(bounds)
         self._orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def deal(self, served: np.ndarray, lanes: np.ndarray) -> tuple[np.ndarray, list, list]:
+        """(served after, lanes, slots served before) of slots that ask for `lanes` one by one.
+
+        Where a lane has used up its quota, the one with most left stands in.
+        """
+        served, taken, counts = served.copy(), [], []
+        for lane in lanes.tolist():
+            if served[lane] >= self.quotas[lane]:
+                lane = int(np.argmax(self.quotas - served))
+            taken.append(lane)
+            counts.append(int(served[lane]))
+            served[lane] += 1
+        assert (served <= self.quotas).all(), f"{self._key}: more slots than its limit"
+        return served, taken, counts
 
     def locate(self, lane: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, ...]:
         """(epoch, window, micro_batch) of the slot that `lane` serves after `count` others."""
         turn, offset = np.divmod(count, self.lengths[lane])
-        epoch, index = np.divmod(self.starts[lane] + offset, self.micro_batches)
+        starts = np.where(turn == self._full_rounds, self._last_starts[lane], self.starts[lane])
+        epoch, index = np.divmod(starts + offset, self.micro_batches)
         epoch = epoch + turn * self.epochs_per_round
         window, micro_batch = np.empty_like(index), np.empty_like(index)
         for value in np.unique(epoch):
             mask = epoch == value
-            order, bounds = self._order(int(value))
+            order, bounds = self.order(int(value))
             place = np.searchsorted(bounds, index[mask], side="right") - 1
             window[mask], micro_batch[mask] = order[place], index[mask] - bounds[place]
         return epoch, window, micro_batch
 
-    def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch's windows in order, and the micro-batches before each of them."""
         if epoch not in self._orders:
-            if len(self._orders) > max(4, CACHED_WINDOWS // len(self._sizes)):
+            most = min(CACHED_EPOCHS, CACHED_WINDOWS // len(self._sizes))
+            if len(self._orders) > max(4, most):
                 self._orders.clear()
             order = keyed_permutation(len(self._sizes), *self._key, "windows", epoch)
             self._orders[epoch] = (order, np.cumsum(self._sizes[order]) - self._sizes[order])

@@ -12,6 +12,11 @@ def row_ids(rows: Iterable[bytes]) -> np.ndarray:
     return np.frombuffer(b"".join(digests), "<i8")
 
 
+def media_row_ids(rows: Iterable[tuple[bytes, bytes]]) -> np.ndarray:
+    """int64 [R]: a 64-bit hash of each row's encoded content and its text, the first two fields."""
+    return row_ids(len(row[1]).to_bytes(8, "little") + row[1] + row[0] for row in rows)
+
+
 def digest_of(ids: np.ndarray) -> str:
     """Hex digest of rows in order, made from their ids."""
     return hashlib.blake2b(ids.astype("<i8").tobytes(), digest_size=16).hexdigest()

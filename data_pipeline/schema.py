@@ -7,6 +7,11 @@ from dataclasses import dataclass, field
 
 from arbitor.errors import UserError
 from arbitor.modality import BYTE_MODALITIES, MODALITIES
+from data_pipeline.decode.audio import AudioConfig
+from data_pipeline.decode.image import ImageConfig
+from data_pipeline.decode.video import VideoConfig
+from data_pipeline.format.shard import Columns
+from data_pipeline.layout import MediaConfig
 from data_pipeline.mixture import weight_at, weight_points
 
 LAST_BREAKPOINT = 10_000_000  # a schedule is worked out step by step up to its last point
@@ -16,9 +21,10 @@ LAST_BREAKPOINT = 10_000_000  # a schedule is worked out step by step up to its 
 class SourceConfig:
     """One weighted source: a set of shards of one modality.
 
-    `path` is a file, a folder (all its files, recursively) or a glob; `sample://text` and
-    `sample://code` are small shards made on this machine. Parquet and JSONL rows are read from
-    `text_column`; any other file is plain text.
+    `path` is a file, a folder (all its files, recursively) or a glob, on this machine or at a URI
+    that pyarrow knows (file://, s3://, gs://); `sample://text` and the like are small shards made
+    on this machine. Parquet, JSONL and WebDataset tar rows are read by column (or key); any other
+    file of text or code is plain text.
 
     `weight` is the source's share of the slots, relative to the other sources: a constant, or
     [[step, weight], ...], linear between the points and constant after the last.
@@ -27,7 +33,14 @@ class SourceConfig:
     modality: str = "text"
     path: str = ""
     weight: float | list[list[float]] = 1.0
-    text_column: str = "text"
+    text_column: str = "text"  # the text, caption or transcript
+    content_column: str = ""  # encoded image, sound or video; empty: named as the modality
+    max_epochs: int = 0  # 0 = as many as the run takes
+    when_exhausted: str = "drop"  # the source, after max_epochs; or "stop" the run
+
+    @property
+    def columns(self) -> Columns:
+        return Columns(self.text_column, self.content_column or self.modality)
 
     @property
     def is_active(self) -> bool:
@@ -37,7 +50,10 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The mixture and the shape of a step: `slots_per_step` micro-batches of [B, T] targets."""
+    """The mixture and the shape of a step: `slots_per_step` micro-batches of B x T targets.
+
+    A slot of images, sound or video has as many positions, in sequences of their own length.
+    """
 
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     batch_size: int = 4  # sequences in a slot (B)
@@ -45,6 +61,13 @@ class DataConfig:
     slots_per_step: int = 4
     eval_fraction: float = 0.02  # of each source's rows, the last ones; never trained on
     eval_slots: int = 64  # held-out slots per source at most
+    max_bad_fraction: float = 0.01  # of a source's rows; with more undecodable ones the run stops
+    # Processes that read and decode for one worker. Ray counts no CPUs for them, because trainers
+    # may hold all of those: leave cores over for them.
+    decode_tasks: int = 2
+    image: ImageConfig = field(default_factory=ImageConfig)
+    audio: AudioConfig = field(default_factory=AudioConfig)
+    video: VideoConfig = field(default_factory=VideoConfig)
 
     @property
     def active_sources(self) -> dict[str, SourceConfig]:
@@ -54,9 +77,27 @@ class DataConfig:
     def is_active(self, name: str) -> bool:
         return self.sources[name].is_active
 
+    def media(self, modality: str) -> MediaConfig | None:
+        """How a modality's rows are decoded; None where they are bytes."""
+        return None if modality in BYTE_MODALITIES else getattr(self, modality)
+
+    def sequence_length_of(self, modality: str) -> int:
+        media = self.media(modality)
+        return media.sequence_length if media else self.sequence_length
+
+    def batch_size_of(self, modality: str) -> int:
+        """Sequences in a slot: all slots have batch_size x sequence_length positions."""
+        return self.batch_size * self.sequence_length // self.sequence_length_of(modality)
+
     def validate(self) -> None:
         """Raises UserError, naming the key, on the first value that no run could use."""
-        for key in ("batch_size", "sequence_length", "slots_per_step", "eval_slots"):
+        for key in (
+            "batch_size",
+            "sequence_length",
+            "slots_per_step",
+            "eval_slots",
+            "decode_tasks",
+        ):
             if getattr(self, key) < 1:
                 raise UserError(f"data.{key}: must be at least 1, not {getattr(self, key)}")
         if not 0 <= self.eval_fraction < 1:
@@ -64,9 +105,26 @@ class DataConfig:
                 f"data.eval_fraction: must be from 0 (no hold-out) to below 1, "
                 f"not {self.eval_fraction}"
             )
+        if not 0 <= self.max_bad_fraction < 1:
+            raise UserError(
+                f"data.max_bad_fraction: must be from 0 to below 1, not {self.max_bad_fraction}"
+            )
         for name, source in self.sources.items():
             _validate_source(f"data.sources.{name}", name, source)
+            if source.is_active and source.modality not in BYTE_MODALITIES:
+                self._validate_positions(source.modality)
         _validate_mixture(self.active_sources)
+
+    def _validate_positions(self, modality: str) -> None:
+        length, positions = (
+            self.sequence_length_of(modality),
+            self.batch_size * self.sequence_length,
+        )
+        if positions % length:
+            raise UserError(
+                f"data.{modality}.sequence_length: {length} does not divide the {positions}"
+                f" positions of a slot (data.batch_size x data.sequence_length); make it a divisor"
+            )
 
 
 def _validate_source(key: str, name: str, source: SourceConfig) -> None:
@@ -80,12 +138,15 @@ def _validate_source(key: str, name: str, source: SourceConfig) -> None:
         )
     if not source.is_active:
         return
-    if source.modality not in BYTE_MODALITIES:
-        raise UserError(
-            f"{key}.modality: {source.modality} rows cannot be decoded yet; set {key}.weight=0"
-        )
     if not source.path:
         raise UserError(f"{key}.path: missing; give a file, a folder, a glob or sample://text")
+    if source.max_epochs < 0:
+        raise UserError(f"{key}.max_epochs: must be at least 1, or 0 for no limit")
+    if source.when_exhausted not in ("drop", "stop"):
+        raise UserError(
+            f"{key}.when_exhausted: expected drop (go on without the source) or stop (end the run),"
+            f" not {source.when_exhausted!r}"
+        )
 
 
 def _validate_weight(key: str, weight: float | list[list[float]]) -> None:

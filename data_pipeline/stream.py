@@ -1,7 +1,8 @@
-"""Slots through Ray Data: windows are read and packed in tasks, ahead of the training loop.
+"""Slots through Ray Data: windows are read, decoded and packed in tasks, ahead of the training.
 
-Inside the train function of each worker, so that restarts and resizes need no coordinator:
-window tasks in order of first use, generated lazily -> `decode_windows` in a few parallel tasks,
+`stream_slots` is the front door. Inside the train function of each worker, so that restarts and
+resizes need no coordinator: window tasks in order of first use, generated lazily ->
+`decode_windows` in a few parallel tasks,
 one row a window -> the worker keeps each lane's window and slices it as the plan walks. Every
 window that arrives is checked against the plan, in case the order or the content is not the plan's.
 
@@ -14,6 +15,9 @@ import logging
 import pickle
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -21,21 +25,27 @@ import ray
 from ray.data import DataContext, ExecutionOptions, ExecutionResources, TaskPoolStrategy
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from data_pipeline.pack import PackedSlot, PackedWindow
-from data_pipeline.plan import WindowKey
-from data_pipeline.read import ShardError
-from data_pipeline.run_data import RunData, WindowTask, slots_from
+from data_pipeline.files import ShardError
+from data_pipeline.layout import layout_of
+from data_pipeline.pack import Fault, PackedSlot, PackedWindow, WindowReport
+from data_pipeline.plan import Held, Plan, WindowKey
+from data_pipeline.run_data import RunData, slots_from
+from data_pipeline.window import WindowTask
 
-PARALLEL_TASKS = 2  # a rank; they take no logical CPUs, so they must fit beside the trainer
-TASK_SYMBOLS = 8 << 20  # decoded in over 100 ms, against Ray Data's 10 ms a task
+TASK_COST = 1.0  # windows of a task together: over 100 ms, against Ray Data's 10 ms a task
 WINDOWS_PER_TASK = 16  # at most
 OBJECT_STORE_BYTES = 1 << 30  # how far the tasks may run ahead, a rank
+SEGMENT_WINDOWS = 4096  # of one execution of Ray Data
+FIRST_SEGMENT_WINDOWS = 256  # counted before the first window comes
+SEGMENT_STEPS = 16  # a segment has a multiple of these
+SEGMENT_LEAD = 32  # windows of a segment that are left when the next one starts
 
 _ARRAYS = {
     "sequences": np.uint16,
     "sequence_order": np.int64,
     "row_ids": np.int64,
     "row_starts": np.int64,
+    "content": np.uint8,
 }
 
 
@@ -80,7 +90,10 @@ def decode_windows(batch: pa.Table) -> Iterator[pa.Table]:
 
 
 def _row(header: dict, window: PackedWindow | None) -> pa.Table:
-    columns = [_cell(getattr(window, name, np.empty(0))) for name in _ARRAYS]
+    if window is not None:
+        header = header | {"report": window.report}
+    arrays = [getattr(window, name, None) for name in _ARRAYS]
+    columns = [_cell(np.empty(0) if array is None else array) for array in arrays]
     return pa.table([pa.array([json.dumps(header)]), *columns], ["header", *_ARRAYS])
 
 
@@ -104,23 +117,91 @@ def _unpack(table: pa.Table, expected: WindowTask) -> PackedWindow:
         name: np.frombuffer(table[name][0].as_buffer(), dtype) for name, dtype in _ARRAYS.items()
     }
     arrays["sequences"] = arrays["sequences"].reshape(-1, expected.sequence_length + 1)
-    return PackedWindow(**arrays)
+    content = arrays.pop("content")
+    if expected.media is not None:
+        layout = layout_of(expected.media)
+        arrays["content"] = content.reshape(-1, layout.places, layout.place_bytes)
+    rows, faults, truncated = header["report"]
+    report = WindowReport(rows, tuple(Fault(*fault) for fault in faults), truncated)
+    return PackedWindow(**arrays, report=report)
 
 
 def _windows(run_data: RunData, start: int, stop: int, rank: int, world: int) -> Iterator[pa.Table]:
-    """A table of one row a window, in the order of the plan."""
+    """A table of one row a window, in the order of the plan.
 
+    Segment by segment, because an executor of Ray Data keeps some kB of every window for its life;
+    the next one starts before the last windows of a segment are used.
+    """
+    segments = _segments(run_data.plan.with_states(run_data.states), start, stop, rank, world)
+    streams: list[Iterator[pa.Table]] = []
+
+    def open_next() -> tuple[int, Iterator[pa.Table]] | None:
+        segment = next(segments, None)
+        if segment is None:
+            return None
+        streams.append(_stream_segment(run_data, segment, rank, world))
+        first = next(streams[-1], None)  # starts it
+        return segment.windows, chain([] if first is None else [first], streams[-1])
+
+    pool, following = ThreadPoolExecutor(1), None
+    try:
+        opened = open_next()
+        while opened is not None:
+            windows, tables = opened
+            for number, table in enumerate(tables, 1):
+                if following is None and number > windows - SEGMENT_LEAD:
+                    following = pool.submit(open_next)
+                yield table
+            opened = following.result() if following else open_next()
+            following = None
+            streams.pop(0).close()
+    finally:
+        pool.shutdown()
+        for stream in streams:
+            stream.close()
+
+
+class _Segment(NamedTuple):
+    """Steps start .. stop - 1, which open `windows` windows; `held` are open before."""
+
+    start: int
+    stop: int
+    windows: int
+    held: Held
+    states: dict[int, list[list[int]]]  # of the plan, near the start
+
+
+def _segments(plan: Plan, start: int, stop: int, rank: int, world: int) -> Iterator[_Segment]:
+    held: Held = {}
+    size, stop = FIRST_SEGMENT_WINDOWS, min(stop, plan.end)
+    while start < stop:
+        before, first, count = dict(held), start, 0
+        while start < stop and count < size:
+            after = min(stop, start + SEGMENT_STEPS)
+            count += sum(1 for _ in plan.windows(start, after, rank, world, held))
+            start = after
+        if count:
+            yield _Segment(first, start, count, before, dict([plan.state(first)]))
+        size = SEGMENT_WINDOWS
+
+
+def _stream_segment(
+    run_data: RunData, segment: _Segment, rank: int, world: int
+) -> Iterator[pa.Table]:
     def list_tasks(_: pa.Table) -> Iterator[pa.Table]:
-        batch = []
-        for key in run_data.plan.windows(start, stop, rank, world):
+        batch, cost = [], 0.0
+        span = (segment.start, segment.stop, rank, world)
+        plan = run_data.plan.with_states(segment.states)
+        for key in plan.windows(*span, dict(segment.held)):
             batch.append(run_data.task(key))
-            if len(batch) == windows_per_task:
+            cost += batch[-1].cost
+            if cost >= TASK_COST or len(batch) == windows_per_task:
                 yield pa.table({"tasks": [pickle.dumps(batch)]})
-                batch = []
+                batch, cost = [], 0.0
         if batch:
             yield pa.table({"tasks": [pickle.dumps(batch)]})
 
-    windows_per_task = _windows_per_task(run_data)
+    windows_per_task, decode_tasks = WINDOWS_PER_TASK, run_data.config.decode_tasks
     node = ray.get_runtime_context().get_node_id()
     options = {
         "batch_size": None,
@@ -132,14 +213,14 @@ def _windows(run_data: RunData, start: int, stop: int, rank: int, world: int) ->
     _silence_ray_data()
     with DataContext.current(_context()):
         dataset = (
-            ray.data.from_items([{"start": start}], override_num_blocks=1)
+            ray.data.from_items([{"start": segment.start}], override_num_blocks=1)
             .map_batches(list_tasks, compute=TaskPoolStrategy(size=1), **options)
-            .map_batches(decode_windows, compute=TaskPoolStrategy(size=PARALLEL_TASKS), **options)
+            .map_batches(decode_windows, compute=TaskPoolStrategy(size=decode_tasks), **options)
         )
     batches = dataset.iterator().iter_batches(
-        batch_size=None, batch_format="pyarrow", prefetch_batches=2 * PARALLEL_TASKS
+        batch_size=None, batch_format="pyarrow", prefetch_batches=2 * decode_tasks
     )
-    return iter(batches)
+    yield from batches
 
 
 def _context() -> DataContext:
@@ -160,9 +241,3 @@ def _silence_ray_data() -> None:
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     for message in ("`ray_remote_args` is deprecated", "The maximum number of concurrent tasks"):
         warnings.filterwarnings("ignore", message)
-
-
-def _windows_per_task(run_data: RunData) -> int:
-    symbols = sum(manifest.symbols for manifest in run_data.manifests.values())
-    windows = sum(map(len, run_data.windows.values()))
-    return max(1, min(WINDOWS_PER_TASK, TASK_SYMBOLS * windows // symbols))

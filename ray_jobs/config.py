@@ -10,7 +10,7 @@ from arbitor.errors import UserError
 from arbitor.kernel.backend import BACKENDS
 from arbitor.kernel.latent_update.slots import MAX_SLOTS
 from arbitor.main import ModelConfig
-from arbitor.modality import MODALITIES
+from arbitor.modality import BYTE_MODALITIES, MODALITIES
 from arbitor.optimizer import UpdateConfig
 from arbitor.settings import build, parse_value, read_yaml
 from data_pipeline.schema import DataConfig
@@ -35,6 +35,13 @@ class Tracking:
 
 
 @dataclass(frozen=True)
+class Resume:
+    """What an unfinished run may go on with although its bits will not be those of one run."""
+
+    allow_changed_data: bool = False  # shards added, removed or changed since its checkpoint
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One training run; it lives in the folder `storage/name`."""
 
@@ -54,6 +61,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     scaling: Scaling = field(default_factory=Scaling)
     tracking: Tracking = field(default_factory=Tracking)
+    resume: Resume = field(default_factory=Resume)
 
     def validate(self) -> None:
         smallest = {"steps": 1, "log_interval": 1, "eval_interval": 0, "save_interval": 0}
@@ -78,6 +86,12 @@ class RunConfig:
                 f"scaling.num_workers: {self.scaling.num_workers} workers cannot share"
                 f" {self.data.slots_per_step} slots a step; lower it or raise data.slots_per_step"
             )
+
+        for name, source in self.data.active_sources.items():
+            if source.modality not in BYTE_MODALITIES:
+                raise UserError(
+                    f"model: no encoder for {source.modality} yet; set data.sources.{name}.weight=0"
+                )
 
     @property
     def folder(self) -> Path:

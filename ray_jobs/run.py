@@ -1,11 +1,13 @@
 """The life of a run: folder, data, Ray, workers, the end. One path for laptops and clusters."""
 
+import json
 import logging
 import os
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -16,7 +18,8 @@ from arbitor.checkpoint import newest_checkpoint, read_manifest
 from arbitor.errors import UserError
 from arbitor.settings import build, read_yaml, write_yaml
 from data_pipeline.index import index_sources
-from data_pipeline.manifest import manifests_to_json
+from data_pipeline.manifest import changes, manifests_from_json, manifests_to_json
+from data_pipeline.run_data import RunData
 from ray_jobs.config import RunConfig, load_run_config
 from ray_jobs.console import Console
 from ray_jobs.journal import NAME as JOURNAL
@@ -25,6 +28,7 @@ from ray_jobs.tracking import NOTE, Tracker, flatten
 from ray_jobs.worker import CHECKPOINTS, DATA_MANIFEST, PROFILE, run_worker
 
 CONFIG = "config.yaml"
+DATA_CHANGES = "data-changes.jsonl"  # written where a run went on with other data
 
 # A run that goes on may change these keys and sections; everything else decides its bits.
 _MAY_CHANGE = (
@@ -36,7 +40,8 @@ _MAY_CHANGE = (
     "log_slots",
     "profile",
 )
-_MAY_CHANGE += ("storage", "tracking", "scaling.num_workers")
+_MAY_CHANGE += ("storage", "tracking", "scaling.num_workers", "resume")
+_MAY_CHANGE += ("data.decode_tasks", "data.max_bad_fraction")
 
 
 def main(job: str, about: str, defaults: Mapping[str, Any]) -> None:
@@ -63,7 +68,13 @@ def run(config: RunConfig) -> None:
     if done >= config.steps:
         print(f"run {config.name} is finished: {done} steps in {config.folder}")
         return
-    manifests = index_sources(config.data, sample_folder=config.folder.parent / "samples")
+    manifests = index_sources(config.data, storage=config.folder.parent)
+    data = RunData(config.data, manifests, config.seed)
+    config = end_with_data(config, data)
+    if done >= config.steps:
+        print(f"run {config.name} is finished: {done} steps in {config.folder}")
+        return
+    check_data(config, data)
     config.folder.mkdir(parents=True, exist_ok=True)
     announce(config, done)
     (config.folder / CONFIG).write_text(write_yaml(config.values()))
@@ -114,6 +125,40 @@ def steps_done(config: RunConfig) -> int:
         )
     newest = newest_checkpoint(config.folder / CHECKPOINTS)
     return read_manifest(newest).step if newest else 0
+
+
+def end_with_data(config: RunConfig, data: RunData) -> RunConfig:
+    """The same run, ending where sources that must not repeat any more leave it without data."""
+    end = data.plan.end
+    if end == 0:
+        raise UserError(
+            "data.sources: max_epochs leaves less data than one step needs; raise it, or lower"
+            " data.slots_per_step"
+        )
+    if end >= config.steps:
+        return config
+    print(f"data.sources: max_epochs is reached after step {end}; the run ends there")
+    return replace(config, steps=end)
+
+
+def check_data(config: RunConfig, data: RunData) -> None:
+    """Refuses to go on with other data than the newest checkpoint's, or says that it does."""
+    newest = newest_checkpoint(config.folder / CHECKPOINTS)
+    if newest is None:
+        return
+    checkpoint = read_manifest(newest)
+    if checkpoint.plan_fingerprint == data.fingerprint:
+        return
+    before = manifests_from_json((config.folder / DATA_MANIFEST).read_text())
+    found = changes(before, data.manifests) or ["another version of the program plans otherwise"]
+    if not config.resume.allow_changed_data:
+        raise UserError(
+            f"{config.folder}: its data changed since step {checkpoint.step} ({'; '.join(found)});"
+            " restore it, give --run another name, or set resume.allow_changed_data=true"
+        )
+    print(f"going on after step {checkpoint.step} with changed data: {'; '.join(found)}")
+    with open(config.folder / DATA_CHANGES, "a") as file:
+        file.write(json.dumps({"after_step": checkpoint.step, "changes": found}) + "\n")
 
 
 @contextmanager

@@ -28,7 +28,9 @@ def smoke(arguments: list[str]) -> None:
     config = load_run_config("smoke", [str(CONFIG), "--run", name, *arguments], {}, __doc__)
     run(config)
     records = list(JournalReader(config.folder).read())
-    faults = [fault for source in config.data.sources for fault in judge(config, source, records)]
+    faults = [
+        fault for source in config.data.active_sources for fault in judge(config, source, records)
+    ]
     speed = mean(r.metrics["throughput/positions_per_s"] for r in records[len(records) // 2 :])
     print(f"{speed:,.0f} positions per second in the second half")
     if faults:

@@ -1,6 +1,5 @@
 """One worker of a run: builds the model, wires data to the loop, keeps journal and checkpoints."""
 
-import hashlib
 import json
 import math
 import os
@@ -8,6 +7,7 @@ import platform
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,11 @@ from arbitor.optimizer import TernaryOptimizer
 from arbitor.profiling import StepProfile
 from arbitor.settings import build
 from arbitor.trainer import StepReport, evaluate, train
+from data_pipeline.bad_rows import BadRows
 from data_pipeline.manifest import manifests_from_json
 from data_pipeline.pack import PackedSlot
 from data_pipeline.run_data import RunData, held_out_slots
+from data_pipeline.states import StateTable
 from data_pipeline.stream import stream_slots
 from ray_jobs.config import RunConfig
 from ray_jobs.journal import Journal
@@ -56,7 +58,8 @@ def run_worker(values: dict[str, Any]) -> None:
     data = open_run_data(config)
     checkpoint = newest_checkpoint(config.folder / CHECKPOINTS)
     start = read_manifest(checkpoint).step if checkpoint else 0
-    slots = begin(stream_slots(data, start, config.steps, rank, world))
+    bad_rows = BadRows(config.folder, rank, data)
+    slots = begin(bad_rows.watch(stream_slots(data, start, config.steps, rank, world)))
     if config.log_slots:
         slots = log_slots(slots, config.folder / f"slots-{rank}.jsonl")
     model = ARBModel(config.model, config.seed, config.update)
@@ -71,7 +74,7 @@ def run_worker(values: dict[str, Any]) -> None:
         seed=config.seed,
         all_reduce=torch.distributed.all_reduce if world > 1 else None,
     )
-    recorder = Recorder(config, data, model) if rank == 0 else None
+    recorder = Recorder(config, data, model, bad_rows) if rank == 0 else None
     profile = None
     if config.profile and rank == 0:
         profile = StepProfile(min(start + PROFILED_STEP, config.steps - 1), config.folder / PROFILE)
@@ -83,7 +86,8 @@ def run_worker(values: dict[str, Any]) -> None:
 def open_run_data(config: RunConfig) -> RunData:
     """The run's data as its index, which the driver left in the run folder, describes it."""
     manifests = manifests_from_json((config.folder / DATA_MANIFEST).read_text())
-    return RunData(config.data, manifests, config.seed)
+    data = RunData(config.data, manifests, config.seed)
+    return replace(data, states=StateTable(config.folder, data.plan.fingerprint).load())
 
 
 def set_conditions(config: RunConfig) -> None:
@@ -112,7 +116,7 @@ def conditions(config: RunConfig) -> dict[str, Any]:
 def restore(model: ARBModel, checkpoint: Path, config: RunConfig, data: RunData) -> None:
     """Loads a checkpoint if data, plan and conditions are those that it was made with."""
     manifest, tensors = load_checkpoint(checkpoint)
-    if manifest.plan_fingerprint != data.fingerprint:
+    if manifest.plan_fingerprint != data.fingerprint and not config.resume.allow_changed_data:
         raise RuntimeError(f"{checkpoint}: was made with other data or another plan; cannot go on")
     now = conditions(config)
     changed = [f"{k} {old} -> {now[k]}" for k, old in manifest.conditions.items() if now[k] != old]
@@ -138,7 +142,7 @@ def log_slots(slots: Iterator[PackedSlot], path: Path) -> Iterator[PackedSlot]:
                 "slot": slot.slot,
                 "source": slot.source,
                 "row_ids": slot.row_ids.tolist(),
-                "sha256": hashlib.sha256(slot.symbols.tobytes()).hexdigest(),
+                "sha256": slot.sha256,
             }
             file.write(json.dumps(entry) + "\n")
             file.flush()
@@ -160,6 +164,7 @@ def to_batch(slot: PackedSlot, device: torch.device) -> SlotBatch:
         slot=slot.slot,
         source=slot.source,
         modality=slot.modality,
+        content=slot.content,
         device=device,
     )
 
@@ -171,12 +176,14 @@ def ignore(report: StepReport) -> None:
 class Recorder:
     """Worker 0's account of the run: journal, validation and checkpoints at their intervals."""
 
-    def __init__(self, config: RunConfig, data: RunData, model: ARBModel):
-        self.config, self.data, self.model = config, data, model
+    def __init__(self, config: RunConfig, data: RunData, model: ARBModel, bad_rows: BadRows):
+        self.config, self.data, self.model, self.bad_rows = config, data, model, bad_rows
+        self.states = StateTable(config.folder, data.plan.fingerprint)
         self.journal = Journal(config.folder)
-        device = next(model.buffers()).device
-        self.held_out = {
-            source: [to_batch(slot, device) for slot in held_out_slots(data, source)]
+        # Read while the first steps run: held-out images and videos take seconds to decode.
+        self._reader = ThreadPoolExecutor(1)
+        self._held_out = {
+            source: self._reader.submit(held_out_slots, data, source)
             for source in data.manifests
             if config.eval_interval > 0
         }
@@ -187,6 +194,7 @@ class Recorder:
         if self._due(done, self.config.eval_interval):
             metrics |= self.validation_metrics()
         self.journal.append(done, metrics)
+        self.states.add(self.data.plan, done)
         if self.config.save and self._due(done, self.config.save_interval):
             self.save(done)
 
@@ -204,6 +212,7 @@ class Recorder:
         return {
             "loss/total": math.fsum(all_losses) / len(all_losses),
             **{f"loss/{source}": math.fsum(v) / len(v) for source, v in losses.items()},
+            **self.data_metrics(),
             "throughput/positions_per_s": positions / report.seconds,
             "throughput/data_wait_pct": 100 * report.data_wait_seconds / report.seconds,
             "ternary/flip_rate": report.update.flip_rate,
@@ -212,12 +221,20 @@ class Recorder:
             "ternary/clipped_fraction": report.update.clipped_fraction,
         }
 
+    def data_metrics(self) -> dict[str, float]:
+        """Bad rows by source as all workers know of them now, cut captions as this one does."""
+        counts, cut = self.bad_rows.counts(), self.bad_rows.truncated
+        return {f"data/bad_rows/{source}": count for source, count in counts.items()} | {
+            f"data/truncated_captions/{source}": count for source, count in cut.items() if count
+        }
+
     def validation_metrics(self) -> dict[str, float]:
         """Mean loss over each source's fixed held-out slots."""
         metrics = {}
-        for source, batches in self.held_out.items():
-            if batches:
-                loss = evaluate(self.model, batches)
+        device = next(self.model.buffers()).device
+        for source, slots in self._held_out.items():
+            if slots.result():
+                loss = evaluate(self.model, (to_batch(slot, device) for slot in slots.result()))
                 metrics[f"validation/{source}"] = loss
                 if self.config.data.sources[source].modality in BYTE_MODALITIES:
                     metrics[f"bits_per_byte/{source}"] = loss / math.log(2)
@@ -234,4 +251,5 @@ class Recorder:
         )
 
     def close(self) -> None:
+        self._reader.shutdown(wait=False, cancel_futures=True)
         self.journal.close()

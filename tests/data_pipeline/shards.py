@@ -36,4 +36,4 @@ def write_jsonl(path: Path, rows: list) -> None:
 def run_data(folder: Path, sources: dict[str, SourceConfig], seed: int = 0, **config) -> RunData:
     config = DataConfig(sources, **config)
     config.validate()
-    return RunData(config, index_sources(config, folder / "samples"), seed)
+    return RunData(config, index_sources(config, folder), seed)

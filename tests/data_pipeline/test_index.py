@@ -1,35 +1,42 @@
 """Indexing: what is counted and held out, and each mistake of the user."""
 
 import math
+import shutil
+from itertools import pairwise
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from arbitor.errors import UserError
-from data_pipeline.decode import text as text_decode
+from data_pipeline import scan
+from data_pipeline.format import jsonl, plain_text
 from data_pipeline.index import index_sources
-from data_pipeline.manifest import manifests_from_json, manifests_to_json
-from data_pipeline.read import read_segments
+from data_pipeline.manifest import changes, manifests_from_json, manifests_to_json
+from data_pipeline.read import read_media_segments, read_segments
 from data_pipeline.schema import DataConfig, SourceConfig
+from tests.data_pipeline.media_shards import WRITERS
 from tests.data_pipeline.shards import numbered_rows, write_jsonl, write_parquet
 
 
 @pytest.fixture(autouse=True)
 def small_groups(monkeypatch):
     """Files of a few kilobytes then have several groups."""
-    monkeypatch.setattr(text_decode, "GROUP_BYTES", 3000)
+    monkeypatch.setattr(jsonl, "GROUP_BYTES", 3000)
+    monkeypatch.setattr(plain_text, "GROUP_BYTES", 3000)
 
 
 def index(path, eval_fraction=0.02, **source):
+    storage = path.parent / "storage"
     config = DataConfig({"s": SourceConfig(path=str(path), **source)}, eval_fraction=eval_fraction)
     config.validate()
-    return index_sources(config, path)["s"]
+    return index_sources(config, storage)["s"]
 
 
 def read(manifest, segments):
     shards = dict(enumerate(manifest.shards))
-    return read_segments(shards, manifest.text_column, segments)[0]
+    return read_segments(shards, manifest.columns, segments)[0]
 
 
 def write(path, rows):
@@ -80,7 +87,7 @@ def test_files_of_a_folder_come_sorted_and_hidden_or_empty_ones_do_not(tmp_path)
 
 
 def test_a_large_group_is_cut_into_segments(tmp_path, monkeypatch):
-    monkeypatch.setattr("data_pipeline.index.SEGMENT_SYMBOLS", 1000)
+    monkeypatch.setattr("data_pipeline.scan.SEGMENT_SYMBOLS", 1000)
     path = tmp_path / "one_group.parquet"
     write_parquet(path, numbered_rows(100), group=100)
     manifest = index(path)
@@ -109,7 +116,95 @@ def test_an_inactive_source_is_not_opened(tmp_path):
     }
     config = DataConfig(sources)
     config.validate()
-    assert list(index_sources(config, tmp_path)) == ["on"]
+    assert list(index_sources(config, tmp_path / "storage")) == ["on"]
+
+
+def write_shards(folder, count, first=0):
+    folder.mkdir(exist_ok=True)
+    for i in range(first, first + count):
+        write_parquet(folder / f"part-{i:02}.parquet", numbered_rows(20, f"s{i}r"))
+
+
+def scanned(monkeypatch, fail_at=None):
+    """The names of the shards that are really read, as they are."""
+    names, really = [], scan.scan
+
+    def watched(place, *arguments):
+        if place.endswith(fail_at or "nothing"):
+            raise KeyboardInterrupt
+        names.append(Path(place).name)
+        return really(place, *arguments)
+
+    monkeypatch.setattr(scan, "scan", watched)
+    return names
+
+
+def test_an_index_pass_goes_on_where_it_was_cut_off(tmp_path, monkeypatch):
+    write_shards(tmp_path / "shards", 12)
+    with monkeypatch.context() as patch:
+        first = scanned(patch, fail_at="part-08.parquet")
+        with pytest.raises(KeyboardInterrupt):
+            index(tmp_path / "shards")
+    second = scanned(monkeypatch)
+    whole = index(tmp_path / "shards")
+    assert len(first) >= 8 and sorted(first + second) == [f"part-{i:02}.parquet" for i in range(12)]
+    second.clear()
+    assert index(tmp_path / "shards") == whole and not second
+    write_parquet(tmp_path / "shards" / "part-03.parquet", numbered_rows(21, "other"))
+    assert index(tmp_path / "shards") != whole and second == ["part-03.parquet"]
+    second.clear()
+    (tmp_path / "storage" / "index").rename(tmp_path / "elsewhere")
+    assert len(index(tmp_path / "shards").shards) == 12 and len(second) == 12
+
+
+def test_a_long_pass_says_how_far_it_is(tmp_path, monkeypatch, capsys):
+    write_shards(tmp_path / "shards", 3)
+    monkeypatch.setattr("data_pipeline.index.PROGRESS_SECONDS", 0.0)
+    index(tmp_path / "shards")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("indexing data.sources.s: 1 of 3 shards, 0.0 of 0.0 GB")
+
+
+def test_what_changed_is_told_by_shard(tmp_path):
+    folder = tmp_path / "shards"
+    write_shards(folder, 4)
+    before = {"s": index(folder)}
+    assert changes(before, {"s": index(folder)}) == []
+    shutil.copytree(folder, tmp_path / "moved")
+    assert changes(before, {"s": index(tmp_path / "moved")}) == []
+    (folder / "part-01.parquet").unlink()
+    write_parquet(folder / "part-02.parquet", numbered_rows(20, "other"))
+    write_shards(folder, 1, first=9)
+    assert changes(before, {"s": index(folder)}) == [
+        f"s: changed {folder}/part-02.parquet",
+        f"s: removed {folder}/part-01.parquet",
+        f"s: added {folder}/part-09.parquet",
+    ]
+    assert changes(before, {"s": index(tmp_path / "moved", 0.5)}) == [
+        "s: the same shards, in another order or split otherwise"
+    ]
+    assert changes(before, {"t": before["s"]}) == [
+        "s: removed the whole source",
+        "t: added the whole source",
+    ]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_media_are_indexed_without_being_read(tmp_path, name):
+    """Their content may be anything; rows are counted and split all the same."""
+    rows = [(b"not an image" * n, f"n{n}.") for n in range(1, 31)]
+    WRITERS[name](tmp_path / name, rows, "image")
+    config = DataConfig({"s": SourceConfig("image", str(tmp_path / name))}, eval_fraction=0.1)
+    manifest = index_sources(config, tmp_path / "storage")["s"]
+    assert manifest.rows == 27 and sum(s.rows for s in manifest.eval_segments) == 3
+    assert manifest.num_bytes > 0 and manifest.symbols == 0
+    found = read_media_segments(
+        {0: str(tmp_path / name)}, "image", manifest.columns, manifest.train_segments
+    )[0]
+    assert [(row.content, row.text.decode()) for row in found] == rows[:27]
+    first = [(s.first_row + s.row_start, s.rows) for s in manifest.train_segments]
+    assert first[0][0] == 0 and all(a + n == b for (a, n), (b, _) in pairwise(first))
+    assert manifests_from_json(manifests_to_json({"s": manifest})) == {"s": manifest}
 
 
 def mistakes(folder):
@@ -156,8 +251,9 @@ def mistakes(folder):
 def test_every_mistake_is_one_line_that_names_the_culprit(tmp_path):
     for name, (path, source, expected) in mistakes(tmp_path).items():
         place = path if "://" in path else tmp_path / path
+        config = DataConfig({"s": SourceConfig(path=str(place), **source)})
         with pytest.raises(UserError) as caught:
-            index_sources(DataConfig({"s": SourceConfig(path=str(place), **source)}), tmp_path)
+            index_sources(config, tmp_path / "storage")
         message = str(caught.value)
         assert "\n" not in message, name
         for part in expected:
@@ -175,7 +271,16 @@ def test_every_mistake_is_one_line_that_names_the_culprit(tmp_path):
         ({"sources": {}}, "data.sources: at least one source"),
         ({"sources": {"a b": SourceConfig(path="x")}}, "data.sources.a b: a source's name"),
         ({"sources": {"a": SourceConfig("smell", "x")}}, "data.sources.a.modality: unknown"),
-        ({"sources": {"a": SourceConfig("image", "x")}}, "cannot be decoded yet"),
+        (
+            {"sources": {"a": SourceConfig("image", "x")}, "sequence_length": 100},
+            "data.image.sequence_length: 256 does not divide the 400 positions",
+        ),
+        ({"sources": {"a": SourceConfig(path="x", max_epochs=-1)}}, "data.sources.a.max_epochs"),
+        (
+            {"sources": {"a": SourceConfig(path="x", when_exhausted="die")}},
+            "data.sources.a.when_exhausted: expected drop",
+        ),
+        ({"max_bad_fraction": 1.0}, "data.max_bad_fraction: must be from 0"),
         ({"sources": {"a": SourceConfig()}}, "data.sources.a.path: missing"),
         ({"sources": {"a": SourceConfig(path="x", weight=-1.0)}}, "data.sources.a.weight"),
         ({"sources": {"a": SourceConfig(path="x", weight=math.nan)}}, "finite"),

@@ -3,17 +3,19 @@
 import math
 import random
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from arbitor.vocab import END_OF_DOCUMENT, PADDING
-from data_pipeline import read as read_module
+from data_pipeline import files
+from data_pipeline.files import ShardError
 from data_pipeline.pack import num_micro_batches, pack_window, slice_micro_batch
-from data_pipeline.read import ShardError
 from data_pipeline.row_id import row_ids
 from data_pipeline.run_data import held_out_slots, read_slots
 from data_pipeline.schema import SourceConfig
+from data_pipeline.states import StateTable
 from data_pipeline.statistics import bigram_entropy, unigram_entropy
 from tests.data_pipeline.shards import numbered_rows, row_numbers, run_data, write_parquet
 
@@ -46,7 +48,7 @@ def test_a_window_unpacks_into_its_rows(shuffle_key):
         assert shuffle_key or found == [row for row in rows if row]
 
         for i in range(count):
-            part, ids = slice_micro_batch(window, i, batch_size)
+            part, ids, _ = slice_micro_batch(window, i, batch_size)
             assert (part == window.sequences[i * batch_size : (i + 1) * batch_size]).all()
             assert ids.tolist() == touched_ids(window, found, i, batch_size, length)
 
@@ -125,7 +127,7 @@ def test_an_io_error_is_retried_and_then_stops_the_run(tmp_path, monkeypatch):
         if len(sleeps) == 2:
             away.rename(path)
 
-    monkeypatch.setattr(read_module.time, "sleep", come_back)
+    monkeypatch.setattr(files.time, "sleep", come_back)
     assert (next(read_slots(data, 0, 1, 0, 1)).symbols == first.symbols).all()
     path.unlink()
     with pytest.raises(ShardError, match="rows.parquet: cannot be read .* tried 4 times"):
@@ -139,3 +141,20 @@ def test_entropies_of_known_sources(tmp_path):
     data = run_data(tmp_path, {"text": SourceConfig(path=str(tmp_path / "cycle.parquet"))})
     assert unigram_entropy(data, "text") == pytest.approx(math.log(16), abs=0.01)
     assert bigram_entropy(data, "text") == pytest.approx(0, abs=0.01)
+
+
+def test_states_of_a_plan_are_kept_in_the_run_folder(tmp_path):
+    write_parquet(tmp_path / "rows.parquet", numbered_rows(50))
+    source = {"text": SourceConfig(path=str(tmp_path / "rows.parquet"))}
+    data = run_data(tmp_path, source, batch_size=1, sequence_length=64)
+    table = StateTable(tmp_path, data.plan.fingerprint)
+    for step in range(1, 3000):
+        table.add(data.plan, step)
+    states = StateTable(tmp_path, data.plan.fingerprint).load()
+    assert list(states) == [1024, 2048]
+    assert replace(data, states=states).plan.step(2500) == data.plan.step(2500)
+    assert states[2048] == data.plan.served(2048).tolist()
+    assert StateTable(tmp_path, "of another plan").load() == {}
+    path = tmp_path / "plan-states.jsonl"
+    path.write_bytes(path.read_bytes()[:-5])
+    assert list(StateTable(tmp_path, data.plan.fingerprint).load()) == [1024]

@@ -2,15 +2,18 @@
 
 import json
 import pickle
+from contextlib import nullcontext
 
 import pytest
+import ray
 
 from data_pipeline import stream
+from data_pipeline.files import ShardError
 from data_pipeline.plan import WindowKey
-from data_pipeline.read import ShardError
 from data_pipeline.run_data import read_slots
 from data_pipeline.schema import SourceConfig
 from data_pipeline.stream import StreamError, stream_slots
+from tests.data_pipeline.media_shards import SHAPE, five_sources, media_rows, write_media_parquet
 from tests.data_pipeline.shards import (
     numbered_rows,
     row_numbers,
@@ -45,7 +48,7 @@ def assert_same_slots(found, expected):
         assert one.modality == other.modality
         assert one.row_ids.tolist() == other.row_ids.tolist()
         assert one.symbols.dtype == other.symbols.dtype
-        assert (one.symbols == other.symbols).all(), (one.step, one.slot)
+        assert one.sha256 == other.sha256, (one.step, one.slot)
 
 
 @pytest.mark.parametrize(("rank", "world"), [(0, 1), (0, 2), (1, 2)])
@@ -56,6 +59,91 @@ def test_streamed_slots_are_those_of_the_plan(data, rank, world):
     assert {slot.source for slot in streamed} == {"text", "code"}
     seen = {n for slot in streamed if slot.source == "text" for n in row_numbers(slot.symbols)}
     assert len(seen) > 40 and max(seen) < 294, "held-out rows are the last six"
+
+
+@pytest.fixture
+def five(tmp_path, monkeypatch):
+    """Five sources; some images cannot be decoded."""
+    monkeypatch.setattr("data_pipeline.run_data.WINDOW_SYMBOLS", 2000)
+    sources = five_sources(tmp_path)
+    rows = media_rows("image", 16, 100)
+    bad = [(b"" if n % 3 == 0 else content, text) for n, (content, text) in enumerate(rows)]
+    write_media_parquet(tmp_path / "images" / "with bad \N{SNOWMAN} rows.parquet", bad, "image")
+    return run_data(tmp_path, sources, seed=3, **SHAPE)
+
+
+@pytest.mark.parametrize(("rank", "world"), [(0, 1), (1, 2)])
+def test_five_sources_come_as_read_in_this_process(five, rank, world):
+    streamed = list(stream_slots(five, 0, 40, rank, world))
+    expected = list(read_slots(five, 0, 40, rank, world))
+    assert_same_slots(streamed, expected)
+    assert [slot.opened for slot in streamed] == [slot.opened for slot in expected]
+    assert {slot.source for slot in streamed} == set(five.manifests)
+    assert any(slot.opened.faults for slot in streamed if slot.opened)
+
+
+def test_two_workers_that_hold_every_cpu_see_the_plan_together(five):
+    """Each streams inside its own process, as train functions do; together they log the plan."""
+
+    def consume(data, rank):
+        from data_pipeline.stream import stream_slots
+
+        return [(s.step, s.slot, s.sha256) for s in stream_slots(data, 0, 25, rank, 2)]
+
+    expected = [(slot.step, slot.slot, slot.sha256) for slot in read_slots(five, 0, 25, 0, 1)]
+    worker = ray.remote(num_cpus=1)(consume)
+    logs = ray.get([worker.remote(five, rank) for rank in (0, 1)], timeout=120)
+    assert sorted(logs[0] + logs[1]) == expected
+    assert len(logs[0]) == len(logs[1]) == 50
+
+
+def test_a_killed_worker_and_then_two_log_the_plan(five, tmp_path):
+    """SIGKILL in the middle of a step; what is replayed is the same."""
+
+    def consume(data, rank, world, start, stop, kill_at):
+        import os
+        import signal
+
+        from data_pipeline.stream import stream_slots
+
+        for number, slot in enumerate(stream_slots(data, start, stop, rank, world)):
+            with open(f"{tmp_path}/log", "a") as file:
+                file.write(json.dumps([slot.step, slot.slot, slot.sha256]) + "\n")
+            if number == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    expected = {(s.step, s.slot): s.sha256 for s in read_slots(five, 0, 30, 0, 1)}
+    worker = ray.remote(num_cpus=0, max_retries=0)(consume)
+    for start, stop, world, kill_at in ((0, 30, 1, 41), (10, 30, 2, None)):
+        ranks = [worker.remote(five, r, world, start, stop, kill_at) for r in range(world)]
+        for rank in ranks:
+            with nullcontext() if kill_at is None else pytest.raises(ray.exceptions.RayError):
+                ray.get(rank, timeout=60)
+    logged = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert len(logged) == 42 + 20 * 4
+    assert {(step, slot): expected[step, slot] for step, slot, _ in logged} == expected
+    assert all(expected[step, slot] == sha256 for step, slot, sha256 in logged)
+
+
+def test_swapped_windows_of_images_are_refused(five, monkeypatch):
+    monkeypatch.setattr(stream, "WINDOWS_PER_TASK", 2)
+    monkeypatch.setattr(stream, "decode_windows", reversed_tasks())
+    with pytest.raises(StreamError, match="the stream brought .* was expected"):
+        list(stream_slots(five, 0, 40, 0, 1))
+
+
+def test_a_flaky_file_system_gives_the_same_slots(five, monkeypatch):
+    """Every third read fails, and every fourth comes short, in the tasks' own processes."""
+
+    def decode(batch):
+        from data_pipeline.stream import decode_windows
+        from tests.data_pipeline.flaky import flaky_files
+
+        with flaky_files():
+            yield from decode_windows(batch)
+
+    monkeypatch.setattr(stream, "decode_windows", decode)
+    assert_same_slots(stream_slots(five, 0, 20, 0, 1), read_slots(five, 0, 20, 0, 1))
 
 
 def test_a_restart_in_the_middle_goes_on_alike(data):
@@ -118,6 +206,21 @@ def test_without_the_checks_the_comparison_sees_swapped_windows(data, monkeypatc
     monkeypatch.setattr(stream, "decode_windows", reversed_tasks())
     with pytest.raises((AssertionError, ValueError)):
         assert_same_slots(stream_slots(data, 0, 60, 0, 1), read_slots(data, 0, 60, 0, 1))
+
+
+def test_segments_join_without_a_seam(five, monkeypatch):
+    """Each is an execution of its own; windows open at its start are not read again."""
+    monkeypatch.setattr(stream, "FIRST_SEGMENT_WINDOWS", 10)
+    monkeypatch.setattr(stream, "SEGMENT_WINDOWS", 60)
+    monkeypatch.setattr(stream, "SEGMENT_STEPS", 3)
+    segments = list(stream._segments(five.plan, 5, 40, 0, 1))
+    assert len(segments) >= 3 and segments[0].start == 5 and segments[-1].stop == 40
+    assert sum(s.windows for s in segments) == len(list(five.plan.windows(5, 40, 0, 1)))
+    assert_same_slots(stream_slots(five, 5, 40, 0, 1), read_slots(five, 5, 40, 0, 1))
+    begun = stream_slots(five, 0, 1000, 0, 1)
+    for _ in range(20):
+        next(begun)
+    begun.close()  # while the next segment may be starting
 
 
 def test_a_missing_window_is_noticed(data, monkeypatch):

@@ -12,10 +12,11 @@ from arbitor.errors import UserError
 from arbitor.main import ARBModel
 from arbitor.settings import build
 from data_pipeline.run_data import read_slots
-from ray_jobs.config import RunConfig
+from ray_jobs.config import Resume, RunConfig
 from ray_jobs.journal import JournalReader
 from ray_jobs.run import run
 from ray_jobs.worker import CHECKPOINTS, open_run_data
+from tests.data_pipeline.shards import numbered_rows, write_jsonl
 
 STEPS = 20
 VALUES = {
@@ -125,7 +126,7 @@ def test_every_slot_is_computed_once_and_its_rows_are_the_plans(workers, request
             "slot": slot.slot,
             "source": slot.source,
             "row_ids": slot.row_ids.tolist(),
-            "sha256": hashlib.sha256(slot.symbols.tobytes()).hexdigest(),
+            "sha256": slot.sha256,
         }
         for slot in read_slots(open_run_data(config), 0, STEPS, 0, 1)
     ]
@@ -177,3 +178,48 @@ def test_an_unfinished_run_resumes_to_the_same_bits(two_workers, one_worker, cap
     assert steps == list(range(1, STEPS + 1))
     replayed = [slot["step"] for slot in logged_slots(two_workers)[0][-60:]]
     assert replayed == sorted(list(range(10, 20)) * 6)
+
+
+def small_run(storage, name, steps, **source):
+    """A run on three shards of `storage/name-shards` that only a few steps fill."""
+    folder = storage / f"{name}-shards"
+    folder.mkdir(exist_ok=True)
+    for i in range(3):
+        if not (folder / f"{i}.jsonl").exists():
+            write_jsonl(folder / f"{i}.jsonl", numbered_rows(12, f"s{i}r", largest=60))
+    sources = {"text": {"path": str(folder)} | source}
+    data = VALUES["data"] | {"sources": sources}
+    values = VALUES | {"name": name, "storage": str(storage), "steps": steps, "data": data}
+    return build(RunConfig, values), folder
+
+
+def test_a_run_ends_with_its_data_and_goes_on_with_more_if_told_so(ray_head, storage, capsys):
+    config, folder = small_run(storage, "ends", 1000, max_epochs=1, when_exhausted="stop")
+    run(config)
+    done = [record.step for record in JournalReader(config.folder).read()][-1]
+    output = capsys.readouterr().out
+    assert f"max_epochs is reached after step {done}; the run ends there" in output
+    run(config)
+    assert f"is finished: {done} steps" in capsys.readouterr().out
+
+    (folder / "1.jsonl").unlink()
+    write_jsonl(folder / "9.jsonl", numbered_rows(30, "s9r"))
+    with pytest.raises(UserError) as caught:
+        run(config)
+    message = str(caught.value)
+    assert f"text: removed {folder}/1.jsonl; text: added {folder}/9.jsonl" in message
+    assert f"since step {done}" in message and "resume.allow_changed_data=true" in message
+
+    run(replace(config, resume=Resume(allow_changed_data=True)))
+    assert f"on after step {done} with changed data: text: removed" in capsys.readouterr().out
+    noted = json.loads((config.folder / "data-changes.jsonl").read_text())
+    assert noted["after_step"] == done and len(noted["changes"]) == 2
+    steps = [record.step for record in JournalReader(config.folder).read()]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) > done
+
+
+def test_data_for_not_one_step_is_refused(storage):
+    config, _ = small_run(storage, "tiny", 10, max_epochs=1)
+    config = replace(config, data=replace(config.data, batch_size=4096))
+    with pytest.raises(UserError, match="max_epochs leaves less data than one step needs"):
+        run(config)

@@ -1,0 +1,218 @@
+"""Files on this machine and wherever pyarrow reaches (file://, s3://, gs://), read with patience.
+
+A fault of the disk or the network is retried and then ends in a ShardError: it may never change
+the data. So whatever else goes wrong in reading a shard is a matter of the shard's content.
+"""
+
+import io
+import re
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
+
+import pyarrow as pa
+from pyarrow import fs
+
+from arbitor.errors import UserError
+
+RETRY_AFTER_S = (0.2, 1.0, 3.0)
+BUFFER_BYTES = 1 << 20
+
+T = TypeVar("T")
+
+
+class ShardError(RuntimeError):
+    """A shard that was indexed cannot be read, or reads differently now."""
+
+
+class FoundFile(NamedTuple):
+    """A file; `place` is an absolute path or a URI, `version` changes when it is written again."""
+
+    place: str
+    size: int
+    version: int
+
+
+def find_files(key: str, place: str) -> list[FoundFile]:
+    """The files that a file, a folder (recursively) or a glob means, sorted by path.
+
+    Hidden files, and empty ones among others, are left out. Raises UserError naming the
+    configuration key `key` where nothing is left.
+    """
+    try:
+        filesystem, path = _resolve(place)
+        info = retried(place, lambda: filesystem.get_file_info(path))
+        if info.type == fs.FileType.File:
+            if not info.size:
+                raise UserError(f"{key}: the file {place} is empty; give one with rows")
+            return [_found(place, info)]
+        pattern = None if info.type == fs.FileType.Directory else _glob_pattern(path)
+        if info.type == fs.FileType.NotFound and pattern is None:
+            raise UserError(f"{key}: {place} does not exist; give a file, a folder or a glob")
+        folder = _fixed_folder(path) if pattern else path
+        selector = fs.FileSelector(folder, recursive=True, allow_not_found=True)
+        infos = retried(place, lambda: filesystem.get_file_info(selector))
+    except (ShardError, pa.ArrowException) as error:
+        raise UserError(f"{key}: {place} cannot be listed ({_line(error)}); mend it") from error
+    found = [
+        _found(place, info)
+        for info in sorted(infos, key=lambda info: info.path)
+        if info.type == fs.FileType.File
+        and info.size
+        and not _is_hidden(info.path[len(folder) :])
+        and (pattern is None or pattern.fullmatch(info.path))
+    ]
+    if not found:
+        problem = f"no shards in folder {place}; put Parquet, JSONL, tar or text files there"
+        if pattern is not None:
+            problem = f"no file matches {place}; mend the pattern"
+        raise UserError(f"{key}: {problem}")
+    return found
+
+
+def open_file(place: str) -> "PatientFile":
+    """Raises ShardError where the file cannot be opened."""
+    return PatientFile(place)
+
+
+def read_file(place: str) -> bytes:
+    """All of a file. Raises ShardError."""
+    with open_file(place) as file:
+        return file.read()
+
+
+def beside(place: str, name: str) -> str:
+    """The place of the file `name` as the shard `place` means it: relative to its folder."""
+    if name.startswith("/") or "://" in name:
+        return name
+    return f"{place.rpartition('/')[0]}/{quote(name) if '://' in place else name}"
+
+
+class PatientFile(io.RawIOBase):
+    """A file opened for reading at any position; faults are retried, by opening it again."""
+
+    def __init__(self, place: str):
+        self._place, self._position, self._file = place, 0, None
+        self._size = retried(place, lambda: self._opened().size())
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = start + offset
+        return self._position
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self._size - self._position)
+        size = left if size is None or size < 0 else min(size, left)
+        data = retried(self._place, lambda: self._read_at(size)) if size else b""
+        self._position += len(data)
+        return data
+
+    def readinto(self, buffer: memoryview) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        super().close()
+
+    def _opened(self) -> pa.NativeFile:
+        """Opened again after a fault."""
+        if self._file is None:
+            self._file = _open(self._place)
+        return self._file
+
+    def _read_at(self, size: int) -> bytes:
+        file, self._file = self._opened(), None
+        data = file.read_at(size, self._position)
+        self._file = file
+        if len(data) != size:
+            raise OSError(f"ends at byte {self._position + len(data)}, expected {self._size}")
+        return data
+
+
+def retried(place: str, action: Callable[[], T]) -> T:
+    """What `action` returns, tried again after each OSError. Raises ShardError in the end."""
+    for pause in (*RETRY_AFTER_S, None):
+        try:
+            return action()
+        except OSError as error:
+            if pause is None:
+                tried = f"tried {len(RETRY_AFTER_S) + 1} times"
+                raise ShardError(
+                    f"{place}: cannot be read ({_line(error)}), {tried}; restore it and start again"
+                ) from error
+        time.sleep(pause)
+    raise AssertionError("unreachable")
+
+
+def _open(place: str) -> pa.NativeFile:
+    filesystem, path = _resolve(place)
+    return filesystem.open_input_file(path)
+
+
+def _resolve(place: str) -> tuple[fs.FileSystem, str]:
+    """The file system that holds `place`, and the path in it."""
+    if "://" not in place:
+        return fs.LocalFileSystem(), str(Path(place).expanduser().absolute())
+    parts = urlsplit(place)
+    root, path = _file_system(urlunsplit(parts._replace(path="/")))
+    return root, path.rstrip("/") + unquote(parts.path)
+
+
+@lru_cache(maxsize=64)
+def _file_system(root: str) -> tuple[fs.FileSystem, str]:
+    return fs.FileSystem.from_uri(root)
+
+
+def _found(root: str, info: fs.FileInfo) -> FoundFile:
+    place = info.path
+    if "://" in root:
+        parts = urlsplit(root)
+        bucket = parts.netloc.rpartition("@")[2]
+        path = quote(info.path.removeprefix(bucket) if bucket else info.path)
+        place = urlunsplit(parts._replace(path=path))
+    return FoundFile(place, info.size, info.mtime_ns or 0)
+
+
+def _is_hidden(path: str) -> bool:
+    return any(part.startswith(".") for part in path.split("/"))
+
+
+def _fixed_folder(path: str) -> str:
+    """The folder above the first part of a glob that has magic in it."""
+    return re.split(r"[*?\[]", path)[0].rpartition("/")[0] or "/"
+
+
+def _glob_pattern(path: str) -> re.Pattern | None:
+    """The paths that a glob means (`**` also crosses folders); None for a plain path."""
+    if not re.search(r"[*?\[]", path):
+        return None
+    tokens = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+
+    def translate(match: re.Match) -> str:
+        token = match[0]
+        if token in tokens:
+            return tokens[token]
+        if len(token) > 1:
+            return "[" + token[1:-1].replace("\\", "\\\\").replace("!", "^", 1) + "]"
+        return re.escape(token)
+
+    return re.compile(re.sub(r"\*\*/|\*\*|\*|\?|\[[^/\]]+\]|.", translate, path, flags=re.S))
+
+
+def _line(error: Exception) -> str:
+    return str(error).splitlines()[0].rstrip(".")

@@ -1,0 +1,121 @@
+"""JSON lines: an object a line; blank lines are no rows.
+
+Text stands under the text column's key. Media content is a path beside the shard, {"path": ...},
+or {"bytes": base64}; its caption stands under the text column's key where there is one.
+"""
+
+import base64
+import binascii
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from arbitor.errors import UserError
+from data_pipeline.decode.content import ContentError
+from data_pipeline.files import BUFFER_BYTES, open_file
+from data_pipeline.format.shard import (
+    Columns,
+    Group,
+    MediaGroup,
+    MediaRow,
+    content_beside,
+    cut_long,
+    first_line,
+)
+
+GROUP_BYTES = 256 << 10
+
+
+class JsonlShard:
+    def __init__(self, place: str, columns: Columns):
+        self._place, self._columns = place, columns
+
+    def groups(self) -> Iterator[Group]:
+        with io.BufferedReader(open_file(self._place), BUFFER_BYTES) as file:
+            start = 0
+            while file.read(GROUP_BYTES):
+                file.readline()
+                yield Group(start, file.tell() - start)
+                start = file.tell()
+
+    def read(self, group: Group) -> list[bytes]:
+        lines = read_range(self._place, group).split(b"\n")
+        return cut_long(
+            [self._text(group, i, line) for i, line in enumerate(lines) if line.strip()]
+        )
+
+    def media_groups(self) -> Iterator[MediaGroup]:
+        for group in self.groups():
+            data = read_range(self._place, group)
+            rows = sum(1 for line in data.split(b"\n") if line.strip())
+            yield MediaGroup(group, rows, len(data), _digest(data))
+
+    def read_media(self, group: Group, start: int, stop: int) -> tuple[list[MediaRow], str]:
+        data = read_range(self._place, group)
+        lines = [line for line in data.split(b"\n") if line.strip()]
+        return [self._media_row(line) for line in lines[start:stop]], _digest(data)
+
+    def _text(self, group: Group, line_in_group: int, line: bytes) -> bytes:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            problem = f"not valid JSON ({first_line(error)})"
+            raise self._error(group, line_in_group, problem) from error
+        name = self._columns.text
+        if not isinstance(row, dict) or name not in row:
+            found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+            problem = f"no key {name!r}, found {found}; set text_column"
+            raise self._error(group, line_in_group, problem)
+        text = row[name]
+        if not isinstance(text, str | None):
+            problem = f"{name!r} is {type(text).__name__}, expected a string"
+            raise self._error(group, line_in_group, problem)
+        return _encoded(text)
+
+    def _error(self, group: Group, line_in_group: int, problem: str) -> UserError:
+        before = read_range(self._place, Group(0, group.location)).count(b"\n")
+        return UserError(f"{self._place}:{before + line_in_group + 1}: {problem}")
+
+    def _media_row(self, line: bytes) -> MediaRow:
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict) or self._columns.content not in row:
+                raise ContentError(f"no key {self._columns.content!r}")
+            text = row.get(self._columns.text)
+            if not isinstance(text, str | None):
+                raise ContentError(f"{self._columns.text!r} is {type(text).__name__}")
+            return MediaRow(self._content(row[self._columns.content]), _encoded(text))
+        except ContentError as error:
+            return MediaRow(problem=str(error))
+        except (ValueError, RecursionError) as error:
+            return MediaRow(problem=f"not valid JSON ({first_line(error)})")
+
+    def _content(self, value: Any) -> bytes:
+        if isinstance(value, dict) and value.get("bytes") is not None:
+            try:
+                return base64.b64decode(value["bytes"], validate=True)
+            except (binascii.Error, TypeError, ValueError) as error:
+                raise ContentError("its bytes are not base64") from error
+        path = value.get("path") if isinstance(value, dict) else value
+        if path is None:
+            raise ContentError(f"{self._columns.content} is null")
+        if not isinstance(path, str):
+            raise ContentError(f"{self._columns.content} is {type(path).__name__}")
+        return content_beside(self._place, path)
+
+
+def read_range(place: str, group: Group) -> bytes:
+    """The bytes of a group. Raises ShardError."""
+    with open_file(place) as file:
+        file.seek(group.location)
+        return file.read(group.length)
+
+
+def _encoded(text: str | None) -> bytes:
+    return (text or "").encode("utf-8", "surrogatepass")  # JSON may escape half a surrogate
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()

@@ -1,0 +1,43 @@
+"""Plain text, cut into rows at line ends."""
+
+from collections.abc import Iterator
+
+from data_pipeline.files import open_file
+from data_pipeline.format.jsonl import read_range
+from data_pipeline.format.shard import Group
+
+GROUP_BYTES = 256 << 10
+
+
+class PlainTextShard:
+    """Rows of whole lines, at most 64 KiB and about 1/64 of the file; a longer line is cut."""
+
+    def __init__(self, place: str):
+        self._place = place
+        with open_file(place) as file:
+            size = file.seek(0, 2)
+        self._row_bytes = min(64 << 10, max(1 << 10, size // 64))
+
+    def groups(self) -> Iterator[Group]:
+        with open_file(self._place) as file:
+            start = 0
+            while data := file.read(GROUP_BYTES + self._row_bytes):
+                ends = self._row_ends(data)
+                if len(data) == GROUP_BYTES + self._row_bytes:
+                    ends.pop()  # the last row may go on
+                yield Group(start, ends[-1])
+                start += ends[-1]
+                file.seek(start)
+
+    def read(self, group: Group) -> list[bytes]:
+        data = read_range(self._place, group)
+        ends = self._row_ends(data)
+        return [data[i:j] for i, j in zip([0, *ends], ends, strict=False)]
+
+    def _row_ends(self, data: bytes) -> list[int]:
+        ends = [0]
+        while len(data) - ends[-1] > self._row_bytes:
+            limit = ends[-1] + self._row_bytes
+            line_end = data.rfind(b"\n", ends[-1], limit) + 1
+            ends.append(line_end or limit)
+        return ends[1:] + [len(data)]
