@@ -37,6 +37,7 @@ _MAY_CHANGE = (
     "eval_interval",
     "save_interval",
     "save",
+    "keep_checkpoints",
     "log_slots",
     "profile",
 )
