@@ -1,0 +1,178 @@
+"""Are these shards fit to train on? `python -m data_pipeline.lint CONFIG|PATH [key=value ...]`.
+
+Reads and decodes every row as a run would, in as many processes as there are cores, and goes on
+after what it finds. Duplicates are rows of a source with the same content; captions aside. Their
+hashes are kept until the end: 16 bytes a row.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from arbitor.errors import UserError
+from arbitor.settings import build
+from data_pipeline.check import Findings, Listing, Shard, check_unit, list_shard
+from data_pipeline.command import end_with, read_settings, set_values
+from data_pipeline.files import FoundFile, find_files
+from data_pipeline.format.guess import guess_modality
+from data_pipeline.format.open_shard import MEDIA_SUFFIXES
+from data_pipeline.index import find_shards
+from data_pipeline.lint_report import SourceReport, describe_source
+from data_pipeline.progress import Progress
+from data_pipeline.schema import DataConfig, SourceConfig
+
+YAML_SUFFIXES = (".yaml", ".yml")
+EPILOG = """exit code: 0 every row can be decoded, 1 some cannot, 2 nothing was checked.
+CONFIG is a run's YAML file; key.path=value overrides it: data.sources.image.weight=0.1.
+PATH is a file, a folder or a glob; what its shards hold is seen from their columns, and
+modality=code, text_column=content, content_column=jpg say otherwise."""
+
+
+def lint_command(words: list[str]) -> int:
+    options = _parser().parse_intermixed_args(words)
+    names = [word for word in options.words if "=" not in word]
+    if len(names) != 1:
+        raise UserError(f"expected one CONFIG or PATH, got {' and '.join(names) or 'none'}")
+    if names[0].lower().endswith(YAML_SUFFIXES):
+        shards, allowed = _shards_of_config(options.words)
+    else:
+        shards, allowed = _shards_of_path(names[0], options.words), DataConfig.max_bad_fraction
+    reports = _check(shards)
+    for report in reports:
+        print(describe_source(report, allowed) + "\n")
+    bad = sum(len(report.faults) for report in reports)
+    if options.bad_rows:
+        _write_bad_rows(options.bad_rows, reports)
+        print(f"bad rows written to {options.bad_rows}")
+    rows = sum(report.rows for report in reports)
+    broken = sum(len(report.broken) for report in reports)
+    if not bad and not broken:
+        print(f"clean: all {rows:,} rows can be decoded")
+        return 0
+    print(f"not clean: {bad:,} of {rows:,} rows cannot be decoded, {broken:,} shards not be read")
+    return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_pipeline.lint",
+        description="Reads and decodes every row of shards as a run would.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("words", nargs="+", metavar="CONFIG | PATH | key.path=value")
+    parser.add_argument(
+        "--bad-rows", type=Path, metavar="FILE", help="write all of them, as JSON lines"
+    )
+    return parser
+
+
+def _shards_of_config(words: Sequence[str]) -> tuple[list[Shard], float]:
+    settings = read_settings(words)
+    data, storage = settings.data, Path(settings.storage)
+    for name in sorted(set(data.sources) - set(data.active_sources)):
+        print(f"{name}: weight 0, not checked; data.sources.{name}.weight=0.1 includes it\n")
+    shards = []
+    for name, source in data.active_sources.items():
+        files = find_shards(f"data.sources.{name}", source, storage)
+        shards += _shards(name, source, files, data)
+    return shards, data.max_bad_fraction
+
+
+def _shards_of_path(path: str, words: Sequence[str]) -> list[Shard]:
+    """A source for each modality that is found there."""
+    values = {"path": path}
+    set_values(values, words)
+    build(SourceConfig, values, "PATH")
+    files = find_files("PATH", path)
+    with ThreadPoolExecutor() as pool:
+        guesses = list(pool.map(guess_modality, (file.place for file in files)))
+    if any(guess != "text" for guess in guesses) and len(files) > 1:  # as `find_shards`
+        both = zip(files, guesses, strict=True)
+        chosen = [(f, guess) for f, guess in both if f.place.lower().endswith(MEDIA_SUFFIXES)]
+        files, guesses = map(list, zip(*chosen, strict=True))
+    shards = []
+    for file, guess in zip(files, guesses, strict=True):
+        source = build(SourceConfig, {"modality": guess} | values, "PATH")
+        DataConfig({"PATH": source}).validate()
+        shards += _shards(source.modality, source, [file], DataConfig())
+    return shards
+
+
+def _shards(
+    name: str, source: SourceConfig, files: Sequence[FoundFile], data: DataConfig
+) -> Iterator[Shard]:
+    media = data.media(source.modality)
+    for file in files:
+        yield Shard(name, file.place, file.size, source.modality, source.columns, media)
+
+
+def _check(shards: Sequence[Shard]) -> list[SourceReport]:
+    """Lists, then checks; results are taken in as they come and put in order at the end."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["data_pipeline.check"])
+    cores = len(os.sched_getaffinity(0))
+    total = sum(shard.num_bytes for shard in shards)
+    reports = {shard.source: SourceReport(shard.source, shard.modality) for shard in shards}
+    with (
+        Progress("checking", total) as progress,
+        ProcessPoolExecutor(cores, context, initializer=_leave_interrupts_alone) as pool,
+    ):
+        try:
+            listings = list(pool.map(list_shard, shards))
+            parts = _submit(pool, shards, listings, progress)
+            found: dict[tuple[int, int], Findings] = {}
+            for future in as_completed(parts):
+                number, unit, num_bytes = parts[future]
+                found[number, unit] = future.result()
+                progress.advance(num_bytes, found[number, unit].rows)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+    for number, (shard, listing) in enumerate(zip(shards, listings, strict=True)):
+        units = [found[number, unit] for unit in range(len(listing.units))]
+        reports[shard.source].add(shard, listing, units)
+    return list(reports.values())
+
+
+def _submit(
+    pool: ProcessPoolExecutor,
+    shards: Sequence[Shard],
+    listings: Sequence[Listing],
+    progress: Progress,
+) -> dict[Future, tuple[int, int, float]]:
+    """By future: number of the shard and of its unit, and the unit's part of the shard's bytes."""
+    parts = {}
+    for number, (shard, listing) in enumerate(zip(shards, listings, strict=True)):
+        if not listing.units:
+            progress.advance(shard.num_bytes, 0)
+        for unit, content in enumerate(listing.units):
+            part = shard.num_bytes / len(listing.units)
+            parts[pool.submit(check_unit, shard, content)] = (number, unit, part)
+    return parts
+
+
+def _write_bad_rows(path: Path, reports: Sequence[SourceReport]) -> None:
+    """In the form of a run's bad-rows-*.jsonl; `row` is null for a shard that cannot be read."""
+    try:
+        with open(path, "w") as file:
+            for report in reports:
+                entries = [(place, None, reason) for place, reason in report.broken]
+                for shard, row, reason in [*entries, *report.faults]:
+                    entry = {"source": report.source, "shard": shard, "row": row, "reason": reason}
+                    file.write(json.dumps(entry) + "\n")
+    except OSError as error:
+        raise UserError(f"--bad-rows {path}: cannot be written ({error.strerror})") from error
+
+
+def _leave_interrupts_alone() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+
+
+if __name__ == "__main__":
+    end_with(lint_command)
