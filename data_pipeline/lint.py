@@ -27,7 +27,7 @@ from data_pipeline.progress import Progress
 from data_pipeline.schema import DataConfig, SourceConfig
 
 YAML_SUFFIXES = (".yaml", ".yml")
-EPILOG = """exit code: 0 every row can be decoded, 1 some cannot, 2 nothing was checked.
+EPILOG = """exit code: 0 clean, 1 bad rows or shards, 2 a mistake in configuration or command.
 CONFIG is a run's YAML file; key.path=value overrides it: data.sources.image.weight=0.1.
 PATH is a file, a folder or a glob; what its shards hold is seen from their columns, and
 modality=code, text_column=content, content_column=jpg say otherwise."""
@@ -54,7 +54,7 @@ def lint_command(words: list[str]) -> int:
     if not bad and not broken:
         print(f"clean: all {rows:,} rows can be decoded")
         return 0
-    print(f"not clean: {bad:,} of {rows:,} rows cannot be decoded, {broken:,} shards not be read")
+    print(f"not clean: {bad:,} bad rows of {rows:,}, {broken:,} bad shards of {len(shards):,}")
     return 1
 
 
@@ -86,23 +86,34 @@ def _shards_of_config(words: Sequence[str]) -> tuple[list[Shard], float]:
 
 
 def _shards_of_path(path: str, words: Sequence[str]) -> list[Shard]:
-    """A source for each modality that is found there."""
+    """One source of each modality that is found there."""
     values = {"path": path}
     set_values(values, words)
-    build(SourceConfig, values, "PATH")
+    build(SourceConfig, values)
     files = find_files("PATH", path)
     with ThreadPoolExecutor() as pool:
         guesses = list(pool.map(guess_modality, (file.place for file in files)))
-    if any(guess != "text" for guess in guesses) and len(files) > 1:  # as `find_shards`
-        both = zip(files, guesses, strict=True)
-        chosen = [(f, guess) for f, guess in both if f.place.lower().endswith(MEDIA_SUFFIXES)]
-        files, guesses = map(list, zip(*chosen, strict=True))
+    both = list(zip(files, guesses, strict=True))
+    if any(guess != "text" for guess in guesses):  # of media only the files that hold rows
+        both = [(f, guess) for f, guess in both if f.place.lower().endswith(MEDIA_SUFFIXES)]
+    if not both:
+        kinds = " and ".join(sorted({guess for guess in guesses if guess != "text"}))
+        raise UserError(
+            f"PATH: no shards in {path}; put {kinds} rows in {', '.join(MEDIA_SUFFIXES)} files"
+        )
     shards = []
-    for file, guess in zip(files, guesses, strict=True):
-        source = build(SourceConfig, {"modality": guess} | values, "PATH")
-        DataConfig({"PATH": source}).validate()
+    for file, guess in both:
+        source = build(SourceConfig, {"modality": guess} | values)
+        _validate(source)
         shards += _shards(source.modality, source, [file], DataConfig())
     return shards
+
+
+def _validate(source: SourceConfig) -> None:
+    try:
+        DataConfig({"PATH": source}).validate()
+    except UserError as error:
+        raise UserError(str(error).removeprefix("data.sources.PATH.")) from error
 
 
 def _shards(

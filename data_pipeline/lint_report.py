@@ -88,16 +88,17 @@ def describe_source(report: SourceReport, allowed: float) -> str:
     for again, first in duplicates[:SHOWN]:
         lines.append(f"    {_name(*again)} is {_name(*first)}")
     lines += _more(len(duplicates))
-    lines.append(f"  {SIZES.get(report.modality, 'bytes a row')}")
-    lines += _histogram(report.sizes)
+    lines += _histogram(report)
     lines += _bad_rows(report, allowed)
     return "\n".join(lines)
 
 
-def _histogram(sizes: Counter[int]) -> Iterator[str]:
+def _histogram(report: SourceReport) -> Iterator[str]:
     """A line a power of two, from the smallest size seen to the largest."""
+    sizes = report.sizes
     if not sizes:
         return
+    yield f"  {SIZES.get(report.modality, 'bytes a row')}"
     exponents = range(min(sizes), max(sizes) + 1)
     labels = [f"{2.0**exponent:,.6g} to {2.0 ** (exponent + 1):,.6g}" for exponent in exponents]
     width, most = max(map(len, labels)), max(sizes.values())

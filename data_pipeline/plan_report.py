@@ -31,11 +31,12 @@ def plan_command(words: list[str]) -> int:
         return 0
     settings = read_settings(words)
     run_data = open_data(settings)
-    print("\n\n".join(_report(settings, run_data)))
+    print("\n\n".join(describe_plan(settings, run_data)))
     return 0
 
 
-def _report(settings: DataSettings, run_data: RunData) -> Iterator[str]:
+def describe_plan(settings: DataSettings, run_data: RunData) -> Iterator[str]:
+    """Paragraphs: the run, an epoch of each source, the mix, epochs, memory."""
     shares = [_Share(run_data.plan, i, settings.steps) for i in range(len(run_data.plan.sources))]
     yield _summary(settings, run_data)
     yield _sources(run_data)
@@ -167,8 +168,8 @@ def _epochs(plan: Plan, shares: list[_Share], steps: int) -> Iterator[str]:
             yield f"{share.source.name} is dropped from step {end:,} ({_limit(share.source)})"
     if plan.end < steps:
         stopping = [s.source for s in shares if s.source.limit and s.source.limit.stops]
-        reason = "; ".join(map(_limit, stopping)) or "no source is left"
-        yield f"the run ends before step {plan.end:,} of {steps:,} ({reason})"
+        reason = " or ".join(map(_limit, stopping)) or "no source is left"
+        yield f"the run ends before step {plan.end:,} of {steps:,}: {reason}"
 
 
 def _repeats(share: _Share) -> str:
@@ -188,12 +189,12 @@ def _memory(settings: DataSettings, run_data: RunData) -> str:
     workers, config = settings.num_workers, run_data.config
     lanes = -(-config.slots_per_step // workers)
     rows = [("source", "lanes", "a window", "the largest", "held")]
-    sizes = {source.name: _window_bytes(run_data, source) for source in run_data.plan.sources}
+    sizes = {source.name: window_bytes(run_data, source) for source in run_data.plan.sources}
     held = 0
-    for name, window_bytes in sizes.items():
-        mean = sum(window_bytes) / len(window_bytes)
+    for name, lengths in sizes.items():
+        mean = sum(lengths) / len(lengths)
         held += lanes * mean
-        figures = (mean, max(window_bytes), lanes * mean)
+        figures = (mean, max(lengths), lanes * mean)
         rows.append((name, str(lanes), *map(in_units, figures)))
     store = min(held + OBJECT_STORE_BYTES, _read_first(settings, run_data, sizes))
     largest = max(map(max, sizes.values()))
@@ -221,7 +222,7 @@ def _read_first(settings: DataSettings, run_data: RunData, sizes: dict[str, list
     return read
 
 
-def _window_bytes(run_data: RunData, source: PlannedSource) -> list[int]:
+def window_bytes(run_data: RunData, source: PlannedSource) -> list[int]:
     """Packed bytes of each window: symbols of 2 bytes, and content."""
     modality = run_data.manifests[source.name].modality
     config = run_data.config

@@ -16,8 +16,8 @@ from data_pipeline.preview_files import SeenSequence, write_source
 from data_pipeline.run_data import RunData, read_slots
 
 SEQUENCES = 16  # of each source, where the run has so many
-ABOUT = """Writes what the model will see in the first slots of each source: text, contact sheets, wav
-and mp4, and index.md, which says where each of them comes from."""
+ABOUT = """Writes what the model will see in the first slots of each source: text, contact sheets,
+wav and mp4, and index.md, which says where each of them comes from."""
 EPILOG = """CONFIG is a run's YAML file, of which only data, steps, seed and storage are read;
 key.path=value overrides it: data.sources.image.weight=0.1"""
 

@@ -54,7 +54,9 @@ def sample_command(words: list[str]) -> int:
         try:
             shards = sorted(ensure_sample(modality, out).iterdir())
         except OSError as error:
-            raise UserError(f"--out {out}: cannot be written to ({error.strerror})") from error
+            raise UserError(
+                f"--out {out}: cannot be written to ({error.strerror}); name a folder"
+            ) from error
         for shard in shards:
             rows = pq.read_metadata(shard).num_rows
             print(f"{shard}: {rows:,} rows, {shard.stat().st_size / 1e6:.1f} MB", flush=True)

@@ -9,11 +9,9 @@ from itertools import islice
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from arbitor.errors import UserError
 from data_pipeline.files import BUFFER_BYTES, open_file
 from data_pipeline.format.open_shard import (
     JSONL_SUFFIXES,
-    MEDIA_SUFFIXES,
     PARQUET_SUFFIXES,
     TAR_SUFFIXES,
 )
@@ -23,10 +21,9 @@ MEMBERS = 16  # of a tar file that are looked at
 
 
 def guess_modality(place: str) -> str:
-    """The modality that a column, a key or a member is called by, else "text".
+    """The modality that a column, a key, a member or the file itself is called by, else "text".
 
-    "text" also for a shard that cannot be read: reading it will tell. Raises UserError for a file
-    of media outside any shard, ShardError.
+    "text" also for a shard that cannot be parsed: reading it will tell. Raises ShardError.
     """
     names = _names(place)
     return next((modality for modality in ENDINGS if modality in names), "text")
@@ -45,12 +42,7 @@ def _names(place: str) -> Iterable[str]:
             return [_modality_of_file(member) for member in _members(place)]
     except (pa.ArrowException, OSError, ValueError, StopIteration, tarfile.TarError):
         return ()
-    modality = _modality_of_file(name)
-    if modality:
-        raise UserError(
-            f"{place}: {modality} rows are read from {', '.join(MEDIA_SUFFIXES)}; put them in one"
-        )
-    return ()
+    return [_modality_of_file(name)]
 
 
 def _members(place: str) -> list[str]:
