@@ -6,6 +6,7 @@ and film: what was lost on the way in is lost here as well.
 
 import argparse
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from arbitor.errors import UserError
@@ -31,14 +32,13 @@ def preview_command(words: list[str]) -> int:
     run_data = open_data(settings)
     out.mkdir(parents=True, exist_ok=True)
     index = [f"# First slots of `{' '.join(options.words)}`", ""]
-    for source, places in _first_slots(run_data, settings.steps).items():
-        if not places:
+    for source, sequences in _first_sequences(run_data, settings.steps).items():
+        if not sequences:
             print(f"{source}: has no slot in {settings.steps:,} steps")
             continue
-        sequences = [seen for place in places for seen in _sequences(run_data, place)][:SEQUENCES]
         lines = write_source(out, source, _media(run_data, source), sequences)
         index += [f"## {source}", "", *lines, ""]
-        print(f"{source}: {len(sequences)} sequences, the first of step {places[0].step:,}")
+        print(f"{source}: {len(sequences)} sequences, from step {sequences[0].slot.step:,} on")
     (out / "index.md").write_text("\n".join(index))
     print(f"written to {out}; start with {out / 'index.md'}")
     return 0
@@ -61,18 +61,16 @@ def _media(run_data: RunData, source: str) -> MediaConfig | None:
     return run_data.config.media(run_data.manifests[source].modality)
 
 
-def _first_slots(run_data: RunData, steps: int) -> dict[str, list[SlotPlan]]:
-    """By source, as many of its first slots as have SEQUENCES sequences."""
-    missing = {name: SEQUENCES for name in sorted(run_data.manifests)}
-    places: dict[str, list[SlotPlan]] = {name: [] for name in missing}
+def _first_sequences(run_data: RunData, steps: int) -> dict[str, list[SeenSequence]]:
+    """By source; fewer than SEQUENCES where the run ends before."""
+    found: dict[str, list[SeenSequence]] = {name: [] for name in sorted(run_data.manifests)}
     for place in run_data.plan.walk(0, steps, rank=0, world=1):
-        if missing[place.source] > 0:
-            modality = run_data.manifests[place.source].modality
-            missing[place.source] -= run_data.config.batch_size_of(modality)
-            places[place.source].append(place)
-        elif not any(left > 0 for left in missing.values()):
+        sequences = found[place.source]
+        if len(sequences) < SEQUENCES:
+            sequences += islice(_sequences(run_data, place), SEQUENCES - len(sequences))
+        elif all(len(others) == SEQUENCES for others in found.values()):
             break
-    return places
+    return found
 
 
 def _sequences(run_data: RunData, place: SlotPlan) -> Iterator[SeenSequence]:
