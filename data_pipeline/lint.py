@@ -12,7 +12,9 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import NamedTuple
 
 from arbitor.errors import UserError
 from arbitor.settings import build
@@ -129,26 +131,28 @@ def _check(shards: Sequence[Shard]) -> list[SourceReport]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["data_pipeline.check"])
     cores = len(os.sched_getaffinity(0))
-    total = sum(shard.num_bytes for shard in shards)
-    reports = {shard.source: SourceReport(shard.source, shard.modality) for shard in shards}
     with (
-        Progress("checking", total) as progress,
+        Progress("checking", sum(shard.num_bytes for shard in shards)) as progress,
         ProcessPoolExecutor(cores, context, initializer=_leave_interrupts_alone) as pool,
     ):
         try:
             listings = list(pool.map(list_shard, shards))
-            parts = _submit(pool, shards, listings, progress)
-            found: dict[tuple[int, int], Findings] = {}
-            for future in as_completed(parts):
-                number, unit, num_bytes = parts[future]
-                found[number, unit] = future.result()
-                progress.advance(num_bytes, found[number, unit].rows)
+            found = _collect(_submit(pool, shards, listings, progress), shards, progress)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+    reports = {shard.source: SourceReport(shard.source, shard.modality) for shard in shards}
     for number, (shard, listing) in enumerate(zip(shards, listings, strict=True)):
         units = [found[number, unit] for unit in range(len(listing.units))]
         reports[shard.source].add(shard, listing, units)
     return list(reports.values())
+
+
+class _Part(NamedTuple):
+    """Numbers of a shard and of its unit, and the unit's part of the shard's bytes."""
+
+    shard: int
+    unit: int
+    num_bytes: float
 
 
 def _submit(
@@ -156,16 +160,36 @@ def _submit(
     shards: Sequence[Shard],
     listings: Sequence[Listing],
     progress: Progress,
-) -> dict[Future, tuple[int, int, float]]:
-    """By future: number of the shard and of its unit, and the unit's part of the shard's bytes."""
+) -> dict[Future, _Part]:
     parts = {}
     for number, (shard, listing) in enumerate(zip(shards, listings, strict=True)):
         if not listing.units:
             progress.advance(shard.num_bytes, 0)
         for unit, content in enumerate(listing.units):
             part = shard.num_bytes / len(listing.units)
-            parts[pool.submit(check_unit, shard, content)] = (number, unit, part)
+            parts[pool.submit(check_unit, shard, content)] = _Part(number, unit, part)
     return parts
+
+
+def _collect(
+    parts: dict[Future, _Part], shards: Sequence[Shard], progress: Progress
+) -> dict[tuple[int, int], Findings]:
+    """By numbers of shard and unit. Raises UserError where a process was killed."""
+    found = {}
+    try:
+        for future in as_completed(parts):
+            shard, unit, num_bytes = parts[future]
+            found[shard, unit] = future.result()
+            progress.advance(num_bytes, found[shard, unit].rows)
+    except BrokenProcessPool as error:
+        broken = [shards[part.shard].place for future, part in parts.items() if future.exception()]
+        places = list(dict.fromkeys(broken))
+        more = f" or a later one ({len(places)} in all)" if len(places) > 1 else ""
+        raise UserError(
+            f"{places[0]}{more}: a process was killed while it read this; check it alone, with"
+            " more memory, or take it out"
+        ) from error
+    return found
 
 
 def _write_bad_rows(path: Path, reports: Sequence[SourceReport]) -> None:

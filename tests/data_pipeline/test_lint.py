@@ -1,6 +1,7 @@
 """lint on small real shards, with every fault in a known row: numbers and places exactly."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -189,6 +190,17 @@ def test_a_corrupt_row_group_is_all_bad_rows_and_later_rows_keep_their_numbers(t
     assert code == 1 and sources["text"][0] == "text: 33 rows in 2 shards"
     assert any(f"{path} rows 8 to 15: row group 1 is corrupt" in line for line in sources["text"])
     assert "    b.parquet row 0 is a.parquet row 31" in sources["text"]
+
+
+def die(shard, unit):
+    os._exit(1)
+
+
+def test_a_killed_process_is_told_with_its_shard(tmp_path, monkeypatch):
+    write_parquet(tmp_path / "a.parquet", numbered_rows(20))
+    monkeypatch.setattr("data_pipeline.lint.check_unit", die)
+    with pytest.raises(UserError, match=f"^{tmp_path}/a.parquet: a process was killed"):
+        lint_command([str(tmp_path)])
 
 
 MISTAKES = {
