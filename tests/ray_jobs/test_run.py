@@ -48,7 +48,11 @@ def storage(tmp_path_factory):
 
 def make_config(storage, name, profile=False, **scaling):
     values = VALUES | {"name": name, "storage": str(storage), "profile": profile}
-    values["model"] = values["model"] | {"enable_attention": True}
+    values["model"] = values["model"] | {
+        "enable_attention": True,
+        "attention_window": 8,
+        "hca_stride": 4,
+    }
     return build(RunConfig, values | {"scaling": VALUES["scaling"] | scaling})
 
 
