@@ -1,16 +1,20 @@
 """A checkpoint is a folder: `model.safetensors` and, written last, `manifest.json`.
 
-A folder without a valid manifest is not a checkpoint. No pickle is ever read.
+A folder without a valid manifest is not a checkpoint. No pickle is ever read. `CheckpointWriter`
+writes them beside the training; a checkpoint counts once its folder has its final name.
 """
 
 import hashlib
 import json
 import os
 import shutil
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -18,6 +22,7 @@ from arbitor.errors import UserError
 
 TENSORS = "model.safetensors"
 MANIFEST = "manifest.json"
+_PARTIAL = ".partial-"
 
 
 @dataclass(frozen=True)
@@ -40,9 +45,14 @@ def save_checkpoint(
     plan_fingerprint: str,
     conditions: dict[str, Any],
 ) -> Path:
-    """Writes `folder/step-<step>` durably: temporary folder, fsync of every file, rename."""
+    """Writes `folder/step-<step>` durably: temporary folder, fsync of every file, rename.
+
+    A whole checkpoint of this step that is there already stays: a replayed step has its bits.
+    """
     final = folder / f"step-{step:08d}"
-    partial = folder / f".partial-{final.name}"
+    if is_whole(final):
+        return final
+    partial = folder / f"{_PARTIAL}{final.name}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
@@ -50,14 +60,75 @@ def save_checkpoint(
     manifest = Manifest(
         step, config, plan_fingerprint, conditions, {TENSORS: sha256(partial / TENSORS)}
     )
-    (partial / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1))
+    (partial / MANIFEST).write_text(_sealed(manifest))
     for path in (partial / TENSORS, partial / MANIFEST, partial):
         _fsync(path)
-    if final.exists():
-        shutil.rmtree(final)
+    shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
     _fsync(folder)
     return final
+
+
+@dataclass(frozen=True)
+class SaveOutcome:
+    """How the writing of a checkpoint ended; `error` is empty for one that is durable."""
+
+    step: int
+    seconds: float
+    error: str
+
+
+class CheckpointWriter:
+    """Writes checkpoints on a thread and keeps the newest `keep` of them.
+
+    Training waits for a copy of the tensors on their device, and for the checkpoint before where
+    that is not written yet. A checkpoint that cannot be written leaves the older ones as they are.
+    """
+
+    def __init__(self, folder: Path, keep: int):
+        assert keep >= 2, "a checkpoint that turns out damaged needs one before it"
+        self.folder, self.keep = folder, keep
+        for leftover in folder.glob(f"{_PARTIAL}*"):
+            shutil.rmtree(leftover)
+        self._pool = ThreadPoolExecutor(1)
+        self._pending: Future[SaveOutcome] | None = None
+
+    def save(self, state: dict[str, Tensor], **header: Any) -> SaveOutcome | None:
+        """Begins to write; the outcome of the checkpoint before, where that had to be awaited.
+
+        `header` are the keyword arguments of `save_checkpoint`.
+        """
+        before = self.wait()
+        snapshot = {name: tensor.detach().clone() for name, tensor in state.items()}
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()  # the thread copies on a stream of its own
+        self._pending = self._pool.submit(self._write, snapshot, header)
+        return before
+
+    def poll(self) -> SaveOutcome | None:
+        """The outcome of a checkpoint that has ended since the last call."""
+        return self.wait() if self._pending is not None and self._pending.done() else None
+
+    def wait(self) -> SaveOutcome | None:
+        """The same, once the checkpoint being written has ended."""
+        pending, self._pending = self._pending, None
+        return pending.result() if pending is not None else None
+
+    def _write(self, state: dict[str, Tensor], header: dict[str, Any]) -> SaveOutcome:
+        started, error = time.perf_counter(), ""
+        try:
+            save_checkpoint(self.folder, state, **header)
+            self._drop_old()
+        except Exception as failure:  # told by whoever asks for the outcome
+            error = f"{type(failure).__name__}: {failure}"
+        return SaveOutcome(header["step"], time.perf_counter() - started, error)
+
+    def _drop_old(self) -> None:
+        folders = sorted(self.folder.glob("step-*"), reverse=True)
+        whole = [folder for folder in folders if is_whole(folder, verify=False)]
+        for folder in whole[self.keep :]:
+            (folder / MANIFEST).unlink()  # from here on it is no checkpoint
+            shutil.rmtree(folder)
 
 
 def load_checkpoint(folder: Path) -> tuple[Manifest, dict[str, Tensor]]:
@@ -80,6 +151,17 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def is_whole(folder: Path, verify: bool = True) -> bool:
+    """Whether `folder` is a checkpoint; with `verify` also by the sha256 of its files."""
+    try:
+        manifest = read_manifest(folder)
+        if verify:
+            _verify(folder, manifest)
+    except UserError:
+        return False
+    return True
+
+
 def _verify(folder: Path, manifest: Manifest) -> None:
     for name, expected in manifest.files.items():
         if not (folder / name).is_file() or sha256(folder / name) != expected:
@@ -89,9 +171,23 @@ def _verify(folder: Path, manifest: Manifest) -> None:
 def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
-        return Manifest(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        values = json.loads(path.read_text())
+        seal = values.pop("sha256")
+        manifest = Manifest(**values)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: not a checkpoint's manifest ({error})") from error
+    if seal != _seal_of(manifest):
+        raise UserError(f"{path}: damaged (its sha256 differs)")
+    return manifest
+
+
+def _sealed(manifest: Manifest) -> str:
+    """The text of `manifest.json`: its own sha256 is the last entry."""
+    return json.dumps(asdict(manifest) | {"sha256": _seal_of(manifest)}, indent=1)
+
+
+def _seal_of(manifest: Manifest) -> str:
+    return hashlib.sha256(json.dumps(asdict(manifest), sort_keys=True).encode()).hexdigest()
 
 
 def sha256(path: Path) -> str:

@@ -54,6 +54,7 @@ class RunConfig:
     eval_interval: int = 200  # 0 = never; otherwise also after the last step
     save_interval: int = 200  # 0 = only after the last step
     save: bool = True
+    keep_checkpoints: int = 2  # the newest ones; one that turns out damaged needs one before it
     profile: bool = False  # write down where the time of one step goes
     log_slots: bool = False  # write down the rows and a hash of every slot that a worker computed
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -65,6 +66,7 @@ class RunConfig:
 
     def validate(self) -> None:
         smallest = {"steps": 1, "log_interval": 1, "eval_interval": 0, "save_interval": 0}
+        smallest |= {"keep_checkpoints": 2}
         for name, minimum in smallest.items():
             if getattr(self, name) < minimum:
                 raise UserError(f"{name}: expected at least {minimum}, got {getattr(self, name)}")

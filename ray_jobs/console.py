@@ -4,7 +4,7 @@ import threading
 import time
 
 from ray_jobs.config import RunConfig
-from ray_jobs.journal import JournalReader, Record
+from ray_jobs.journal import JournalReader, Note, Record
 
 _POLL_SECONDS = 0.2
 
@@ -31,9 +31,12 @@ class Console:
         self._print_lines()
 
     def _print_lines(self) -> None:
-        for record in self._reader.read():
+        for record in self._reader.read_lines():
             if record.time < self._started:
                 continue  # from before this start of the run
+            if isinstance(record, Note):
+                print(record.note, flush=True)
+                continue
             validation = any(key.startswith("validation/") for key in record.metrics)
             if validation or self._is_due(record.step):
                 print(format_line(record, self._config.steps), flush=True)

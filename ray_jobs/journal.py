@@ -1,12 +1,13 @@
 """`metrics.jsonl` of a run: one line a step, the first record of each step, append only.
 
-Worker 0 writes it; the console and MLflow read it. A replayed step is not written again.
+Worker 0 writes it; the console and MLflow read it. A replayed step is not written again. Between
+the steps stand notes, for whoever watches the run.
 """
 
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 NAME = "metrics.jsonl"
@@ -21,6 +22,14 @@ class Record:
     metrics: dict[str, float]
 
 
+@dataclass(frozen=True)
+class Note:
+    """Something that happened, in words."""
+
+    time: float
+    note: str
+
+
 class Journal:
     """Appends records; steps that stand in the file already are passed over."""
 
@@ -33,9 +42,15 @@ class Journal:
     def append(self, step: int, metrics: dict[str, float]) -> None:
         if step <= self.last_step:
             return
-        self._file.write(json.dumps({"step": step, "time": time.time(), "metrics": metrics}) + "\n")
-        self._file.flush()
+        self._write(Record(step, time.time(), metrics))
         self.last_step = step
+
+    def note(self, text: str) -> None:
+        self._write(Note(time.time(), text))
+
+    def _write(self, line: Record | Note) -> None:
+        self._file.write(json.dumps(asdict(line)) + "\n")
+        self._file.flush()
 
     def close(self) -> None:
         self._file.close()
@@ -52,7 +67,11 @@ class JournalReader:
         return not self._path.exists() or self._path.stat().st_size == 0
 
     def read(self) -> Iterator[Record]:
-        """The records added since the last call; a line still being written waits."""
+        """The records added since the last call."""
+        return (line for line in self.read_lines() if isinstance(line, Record))
+
+    def read_lines(self) -> Iterator[Record | Note]:
+        """Records and notes added since the last call; a line still being written waits."""
         if not self._path.exists():
             return
         with open(self._path, "rb") as file:
@@ -61,7 +80,8 @@ class JournalReader:
                 if not line.endswith(b"\n"):
                     return
                 self._offset += len(line)
-                yield Record(**json.loads(line))
+                values = json.loads(line)
+                yield Note(**values) if "note" in values else Record(**values)
 
 
 def _drop_torn_line(path: Path) -> None:

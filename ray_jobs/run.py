@@ -24,7 +24,7 @@ from ray_jobs.config import RunConfig, load_run_config
 from ray_jobs.console import Console
 from ray_jobs.journal import NAME as JOURNAL
 from ray_jobs.journal import JournalReader
-from ray_jobs.tracking import NOTE, Tracker, flatten
+from ray_jobs.tracking import NOTE, Tracker, flatten, read_note
 from ray_jobs.worker import CHECKPOINTS, DATA_MANIFEST, PROFILE, run_worker
 
 CONFIG = "config.yaml"
@@ -37,6 +37,7 @@ _MAY_CHANGE = (
     "eval_interval",
     "save_interval",
     "save",
+    "keep_checkpoints",
     "log_slots",
     "profile",
 )
@@ -66,14 +67,12 @@ def run(config: RunConfig) -> None:
     """Trains to the last step, or goes on with an unfinished run of the same configuration."""
     done = steps_done(config)
     if done >= config.steps:
-        print(f"run {config.name} is finished: {done} steps in {config.folder}")
-        return
+        return say_finished(config, done)
     manifests = index_sources(config.data, storage=config.folder.parent)
     data = RunData(config.data, manifests, config.seed)
     config = end_with_data(config, data)
     if done >= config.steps:
-        print(f"run {config.name} is finished: {done} steps in {config.folder}")
-        return
+        return say_finished(config, done)
     check_data(config, data)
     config.folder.mkdir(parents=True, exist_ok=True)
     announce(config, done)
@@ -92,6 +91,13 @@ def run(config: RunConfig) -> None:
         console.finish()
         tracker.finish(status)
     print(closing_lines(config, tracker.uri))
+
+
+def say_finished(config: RunConfig, done: int) -> None:
+    """There is nothing to train; what MLflow has not taken yet is sent again."""
+    print(f"run {config.name} is finished: {done} steps in {config.folder}")
+    if read_note(config).get("status") != "FINISHED":
+        Tracker(config).finish("FINISHED")
 
 
 def announce(config: RunConfig, done: int) -> None:

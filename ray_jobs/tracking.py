@@ -2,90 +2,147 @@
 
 import json
 import logging
+import os
+import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ray_jobs.config import RunConfig
-from ray_jobs.journal import JournalReader
+from ray_jobs.journal import JournalReader, Record
 
-NOTE = "mlflow.json"  # in the run folder: which MLflow run is this one's
+NOTE = "mlflow.json"  # in the run folder: which MLflow run is this one's, and how it ended there
 
 _BATCH = 1000  # MLflow takes at most this many metrics in a call
 _PARAMS = 100  # and this many parameters
 _POLL_SECONDS = 1.0
+_LONGEST_PAUSE = 10.0  # between attempts while the store does not answer
+_PATIENCE = 60.0  # how long the end of a run waits for it
 
 
 class Tracker:
     """A thread of the driver that sends new journal records to MLflow.
 
     What it has sent is not kept anywhere: after a restart it sends the whole journal again, word
-    for word, and MLflow's key (metric, time, step, value) makes that the same points.
+    for word, and MLflow's key (metric, time, step, value) makes that the same points. While the
+    store is away nothing is lost and nobody waits: the journal has it all.
     """
 
     def __init__(self, config: RunConfig):
         self.uri = config.tracking.uri or f"sqlite:///{config.folder.parent / 'mlflow.db'}"
         self._config = config
         self._reader = JournalReader(config.folder)
+        self._pending: list[Record] = []
+        self._client: Any = None
+        self._status = ""  # of the run once it has ended
+        self._failure: Exception | None = None
         self._stop = threading.Event()
-        self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="mlflow-writer", daemon=True)
         self._thread.start()
 
     def finish(self, status: str) -> None:
-        """Sends what is left and ends the MLflow run as FINISHED, FAILED or KILLED."""
+        """Sends what is left and ends the MLflow run as FINISHED, FAILED or KILLED.
+
+        A store that stays away for a minute does not fail the run: it is told how to send later.
+        """
+        self._status = status
         self._stop.set()
         self._thread.join()
         if self._failure is not None:
-            raise RuntimeError(f"MLflow at {self.uri} did not take the metrics") from self._failure
-        self._client.set_terminated(self._run_id, status=status)
+            print(
+                f"MLflow at {self.uri} did not take the metrics ({self._failure}); they stand in"
+                f" {self._config.folder}, and the same command again sends them",
+                file=sys.stderr,
+            )
 
     def _work(self) -> None:
-        try:
-            # MLflow takes seconds of a core to start: those belong to the workers until they train.
-            while self._reader.is_empty() and not self._stop.wait(_POLL_SECONDS):
-                pass
-            self._open()
-            while not self._stop.wait(_POLL_SECONDS):
+        # MLflow takes seconds of a core to start: those belong to the workers until they train.
+        while self._reader.is_empty() and not self._stop.wait(_POLL_SECONDS):
+            pass
+        pause, give_up = _POLL_SECONDS, float("inf")
+        while True:
+            ending = self._stop.is_set()
+            if ending:
+                give_up = min(give_up, time.monotonic() + _PATIENCE)
+            self._pending += self._reader.read()
+            try:
                 self._send()
-            self._send()
-        except Exception as error:  # handed to `finish`, on the thread that can report it
-            self._failure = error
+                if ending:
+                    self._end()
+                    return
+                pause = _POLL_SECONDS
+            except Exception as error:  # whatever the store's client raises: tried again
+                self._failure = error
+                pause = min(2 * pause, _LONGEST_PAUSE)
+                if time.monotonic() >= give_up:
+                    return
+                if ending:
+                    time.sleep(_POLL_SECONDS)
+            self._stop.wait(pause)
+
+    def _send(self) -> None:
+        from mlflow.entities import Metric
+
+        if self._client is None:
+            self._open()
+        metrics = [
+            Metric(key, value, round(record.time * 1000), record.step)
+            for record in self._pending
+            for key, value in record.metrics.items()
+        ]
+        for start in range(0, len(metrics), _BATCH):
+            self._client.log_batch(self._run_id, metrics=metrics[start : start + _BATCH])
+        self._pending, self._failure = [], None
 
     def _open(self) -> None:
+        """Finds the MLflow run of this run, or makes it."""
+        # The client would try a server that is away for minutes before it says so.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         # Imported here for the reason that `_work` gives.
         from mlflow.entities import Param
         from mlflow.tracking import MlflowClient
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)
-        self._client = MlflowClient(tracking_uri=self.uri)
-        note = self._config.folder / NOTE
-        if note.exists():
-            self._run_id = json.loads(note.read_text())["run_id"]
-            self._client.update_run(self._run_id, status="RUNNING")
-            return
-        name = self._config.tracking.experiment
-        experiment = self._client.get_experiment_by_name(name)
-        experiment_id = (
-            experiment.experiment_id if experiment else self._client.create_experiment(name)
-        )
-        run = self._client.create_run(experiment_id, run_name=self._config.name)
-        self._run_id = run.info.run_id
-        note.write_text(json.dumps({"run_id": self._run_id, "tracking_uri": self.uri}) + "\n")
-        params = [Param(key, str(value)) for key, value in flatten(self._config.values())]
-        for start in range(0, len(params), _PARAMS):
-            self._client.log_batch(self._run_id, params=params[start : start + _PARAMS])
-
-    def _send(self) -> None:
-        from mlflow.entities import Metric
-
-        metrics = [
-            Metric(key, value, round(record.time * 1000), record.step)
-            for record in self._reader.read()
-            for key, value in record.metrics.items()
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # tells of retries
+        client = MlflowClient(tracking_uri=self.uri)
+        note = read_note(self._config)
+        if note:
+            self._run_id = note["run_id"]
+            client.update_run(self._run_id, status="RUNNING")
+        else:
+            name = self._config.tracking.experiment
+            experiment = client.get_experiment_by_name(name)
+            experiment_id = (
+                experiment.experiment_id if experiment else client.create_experiment(name)
+            )
+            run = client.create_run(experiment_id, run_name=self._config.name)
+            self._run_id = run.info.run_id
+            self._write_note("RUNNING")
+        known = client.get_run(self._run_id).data.params
+        params = [
+            Param(key, str(value))
+            for key, value in flatten(self._config.values())
+            if key not in known  # MLflow lets no value change, and `steps` may
         ]
-        for start in range(0, len(metrics), _BATCH):
-            self._client.log_batch(self._run_id, metrics=metrics[start : start + _BATCH])
+        for start in range(0, len(params), _PARAMS):
+            client.log_batch(self._run_id, params=params[start : start + _PARAMS])
+        self._client = client
+
+    def _end(self) -> None:
+        self._client.set_terminated(self._run_id, status=self._status)
+        self._write_note(self._status)
+
+    def _write_note(self, status: str) -> None:
+        values = {"run_id": self._run_id, "tracking_uri": self.uri, "status": status}
+        (self._config.folder / NOTE).write_text(json.dumps(values) + "\n")
+
+
+def read_note(config: RunConfig) -> dict[str, str]:
+    """The run's id, store and status in MLflow; empty before MLflow knows of it."""
+    path = config.folder / NOTE
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -19,10 +19,11 @@ import torch.distributed
 
 from arbitor.batch import SlotBatch
 from arbitor.checkpoint import (
+    CheckpointWriter,
+    SaveOutcome,
     load_checkpoint,
     newest_checkpoint,
     read_manifest,
-    save_checkpoint,
 )
 from arbitor.kernel.backend import set_backend
 from arbitor.main import ARBModel
@@ -180,6 +181,7 @@ class Recorder:
         self.config, self.data, self.model, self.bad_rows = config, data, model, bad_rows
         self.states = StateTable(config.folder, data.plan.fingerprint)
         self.journal = Journal(config.folder)
+        self.checkpoints = CheckpointWriter(config.folder / CHECKPOINTS, config.keep_checkpoints)
         # Read while the first steps run: held-out images and videos take seconds to decode.
         self._reader = ThreadPoolExecutor(1)
         self._held_out = {
@@ -190,7 +192,7 @@ class Recorder:
 
     def __call__(self, report: StepReport) -> None:
         done = report.step + 1
-        metrics = self.step_metrics(report)
+        metrics = self.step_metrics(report) | self.checkpoint_metrics(self.checkpoints.poll())
         if self._due(done, self.config.eval_interval):
             metrics |= self.validation_metrics()
         self.journal.append(done, metrics)
@@ -240,16 +242,35 @@ class Recorder:
                     metrics[f"bits_per_byte/{source}"] = loss / math.log(2)
         return metrics
 
-    def save(self, done: int) -> Path:
-        return save_checkpoint(
-            self.config.folder / CHECKPOINTS,
+    def save(self, done: int) -> None:
+        """Begins a checkpoint; the last one is written when `close` returns."""
+        before = self.checkpoints.save(
             self.model.state_dict(),
             step=done,
             config=self.config.values(),
             plan_fingerprint=self.data.fingerprint,
             conditions=conditions(self.config),
         )
+        self.checkpoint_metrics(before)
+
+    def checkpoint_metrics(self, outcome: SaveOutcome | None) -> dict[str, float]:
+        """Tells the end of a checkpoint: from here on it is durable, or known to have failed."""
+        if outcome is None:
+            return {}
+        if outcome.error:
+            self.journal.note(
+                f"checkpoint of step {outcome.step} not written: {outcome.error};"
+                " the ones before it are untouched"
+            )
+            return {}
+        self.journal.note(f"checkpoint of step {outcome.step} is durable")
+        return {"checkpoint/save_s": outcome.seconds}
 
     def close(self) -> None:
+        """Waits for the last checkpoint; a run whose last one failed has failed."""
         self._reader.shutdown(wait=False, cancel_futures=True)
+        outcome = self.checkpoints.wait()
+        self.checkpoint_metrics(outcome)
         self.journal.close()
+        if outcome is not None and outcome.error:
+            raise RuntimeError(f"the last checkpoint was not written: {outcome.error}")

@@ -1,9 +1,17 @@
 """Checkpoints: what is written comes back; a damaged folder is not a checkpoint."""
 
+import errno
+
 import pytest
 import torch
 
-from arbitor.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from arbitor import checkpoint
+from arbitor.checkpoint import (
+    CheckpointWriter,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+)
 from arbitor.errors import UserError
 
 STATE = {
@@ -46,3 +54,58 @@ def test_a_folder_without_checkpoints_has_none(tmp_path):
     assert newest_checkpoint(tmp_path / "none") is None
     (tmp_path / ".partial-step-00000001").mkdir()
     assert newest_checkpoint(tmp_path) is None
+
+
+def header(step):
+    return {"step": step, "config": {}, "plan_fingerprint": "f", "conditions": {}}
+
+
+def test_the_writer_keeps_the_newest_and_writes_what_was_given_to_it(tmp_path):
+    (tmp_path / ".partial-step-00000001").mkdir()
+    writer = CheckpointWriter(tmp_path, keep=2)
+    state = {"a": torch.zeros(3, dtype=torch.int8)}
+    for step in (1, 2, 3):
+        outcome = writer.save(state, **header(step))
+        assert outcome is None if step == 1 else (outcome.step, outcome.error) == (step - 1, "")
+        state["a"] += 1  # training goes on while the thread writes
+    assert (writer.wait().step, writer.poll()) == (3, None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+    _, tensors = load_checkpoint(newest_checkpoint(tmp_path))
+    assert tensors["a"].tolist() == [2, 2, 2]
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_others(tmp_path, monkeypatch):
+    writer = CheckpointWriter(tmp_path, keep=2)
+    writer.save(STATE, **header(1))
+
+    def full(tensors, path):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    assert writer.wait().error == ""
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    writer.save(STATE, **header(2))
+    assert "No space left" in writer.wait().error
+    assert newest_checkpoint(tmp_path).name == "step-00000001"
+    monkeypatch.undo()
+    writer.save(STATE, **header(2))
+    assert writer.wait().error == "" and newest_checkpoint(tmp_path).name == "step-00000002"
+
+
+def test_a_whole_checkpoint_of_the_same_step_stays_and_a_damaged_one_is_replaced(tmp_path):
+    folder = save(tmp_path, 5)
+    written = (folder / "model.safetensors").stat().st_mtime_ns
+    assert save(tmp_path, 5) == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == written
+    (folder / "model.safetensors").write_bytes(b"")
+    assert newest_checkpoint(tmp_path) is None
+    save(tmp_path, 5)
+    assert newest_checkpoint(tmp_path) == folder
+
+
+def test_a_manifest_that_was_edited_is_refused(tmp_path):
+    folder = save(tmp_path, 5)
+    manifest = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(manifest.replace('"step": 5', '"step": 6'))
+    with pytest.raises(UserError, match="manifest.json: damaged"):
+        load_checkpoint(folder)
