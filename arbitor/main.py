@@ -132,6 +132,11 @@ class ARBModel(nn.Module):
             caches,
         )
 
+    def pack(self) -> None:
+        """Keeps of every weight what generation needs: two bits a weight and its scales."""
+        for _, weight in self.ternary_weights():
+            weight.pack()
+
     def ternary_weights(self) -> list[tuple[str, TernaryWeight]]:
         """Every weight of the model with its qualified name, in order of construction."""
         return [(n, m) for n, m in self.named_modules() if isinstance(m, TernaryWeight)]
