@@ -8,6 +8,7 @@ import torch
 
 from arbitor.attention.hca import BlockPooling, first_blocks
 from arbitor.errors import UserError
+from arbitor.kernel import backend
 from arbitor.kernel.attention.reference import attend, exact_start
 from arbitor.main import ARBModel, ModelConfig
 from arbitor.settings import build
@@ -63,6 +64,21 @@ def test_the_ledger_gives_what_the_whole_sequence_gives_in_eight_bits(name):
         logits = decode(model, symbols, chunks).float()
         assert (logits - whole).norm() / whole.norm() < 1e-2
         assert (logits.argmax(-1) == whole.argmax(-1)).float().mean() >= 0.999
+
+
+def test_the_kernels_give_the_ledger_what_they_give_the_sequence(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(backend, "_active", None)
+    backend.set_backend("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = ARBModel(replace(HCA, num_layers=1, attention_window=4, hca_stride=2), seed=1)
+    symbols = random_symbols(2, 13).to(device)
+    with torch.no_grad():
+        whole = model.to(device).logits(symbols).float()
+    model.pack()
+    logits = decode(model, symbols, [7, 1, 1, 1, 1, 1, 1]).float()
+    assert (logits - whole).norm() / whole.norm() < 1e-2
+    assert backend.path_counts()["matmul.forward", "plane"]
 
 
 def test_a_stride_of_one_is_dense_attention():
