@@ -52,6 +52,7 @@ class RunConfig:
     backend: str = "auto"
     log_interval: int = 10
     eval_interval: int = 200  # 0 = never; otherwise also after the last step
+    sample_interval: int = 0  # steps between texts that the model writes, 0 = never
     save_interval: int = 200  # 0 = only after the last step
     save: bool = True
     keep_checkpoints: int = 2  # the newest ones; one that turns out damaged needs one before it
@@ -66,7 +67,7 @@ class RunConfig:
 
     def validate(self) -> None:
         smallest = {"steps": 1, "log_interval": 1, "eval_interval": 0, "save_interval": 0}
-        smallest |= {"keep_checkpoints": 2}
+        smallest |= {"sample_interval": 0, "keep_checkpoints": 2}
         for name, minimum in smallest.items():
             if getattr(self, name) < minimum:
                 raise UserError(f"{name}: expected at least {minimum}, got {getattr(self, name)}")

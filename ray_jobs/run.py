@@ -35,6 +35,7 @@ _MAY_CHANGE = (
     "steps",
     "log_interval",
     "eval_interval",
+    "sample_interval",
     "save_interval",
     "save",
     "keep_checkpoints",

@@ -7,10 +7,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from ray_jobs.config import RunConfig
 from ray_jobs.journal import JournalReader, Record
+from ray_jobs.samples import FOLDER as SAMPLES
 
 NOTE = "mlflow.json"  # in the run folder: which MLflow run is this one's, and how it ended there
 
@@ -34,6 +36,7 @@ class Tracker:
         self._config = config
         self._reader = JournalReader(config.folder)
         self._pending: list[Record] = []
+        self._samples_sent: set[Path] = set()
         self._client: Any = None
         self._status = ""  # of the run once it has ended
         self._failure: Exception | None = None
@@ -93,6 +96,10 @@ class Tracker:
         ]
         for start in range(0, len(metrics), _BATCH):
             self._client.log_batch(self._run_id, metrics=metrics[start : start + _BATCH])
+        for path in sorted((self._config.folder / SAMPLES).glob("step-*.txt")):
+            if path not in self._samples_sent:
+                self._client.log_artifact(self._run_id, str(path), SAMPLES)
+                self._samples_sent.add(path)
         self._pending, self._failure = [], None
 
     def _open(self) -> None:
@@ -114,8 +121,13 @@ class Tracker:
         else:
             name = self._config.tracking.experiment
             experiment = client.get_experiment_by_name(name)
+            # A store that is a file has no place of its own for artifacts.
+            storage = self._config.folder.parent
+            artifacts = None if self._config.tracking.uri else (storage / "artifacts").as_uri()
             experiment_id = (
-                experiment.experiment_id if experiment else client.create_experiment(name)
+                experiment.experiment_id
+                if experiment
+                else client.create_experiment(name, artifact_location=artifacts)
             )
             run = client.create_run(experiment_id, run_name=self._config.name)
             self._run_id = run.info.run_id

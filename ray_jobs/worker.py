@@ -40,6 +40,7 @@ from data_pipeline.states import StateTable
 from data_pipeline.stream import stream_slots
 from ray_jobs.config import RunConfig
 from ray_jobs.journal import Journal
+from ray_jobs.samples import write_samples
 
 CHECKPOINTS = "checkpoints"
 DATA_MANIFEST = "data.json"
@@ -195,6 +196,8 @@ class Recorder:
         metrics = self.step_metrics(report) | self.checkpoint_metrics(self.checkpoints.poll())
         if self._due(done, self.config.eval_interval):
             metrics |= self.validation_metrics()
+        if self.config.sample_interval and self._due(done, self.config.sample_interval):
+            write_samples(self.model, self.config.folder, done)
         self.journal.append(done, metrics)
         self.states.add(self.data.plan, done)
         if self.config.save and self._due(done, self.config.save_interval):

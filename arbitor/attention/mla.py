@@ -1,8 +1,9 @@
-"""Multi-head latent attention (DeepSeek-V2, section 2.1), causal, with ternary projections.
+"""Multi-head latent attention (DeepSeek-V2, section 2.1): its ternary projections.
 
 Queries come through a low-rank projection; keys and values are expanded from one latent a position,
 beside one rotary key that all heads share. Queries and keys are normalized without gain, so logits
-stay bounded whatever the scales of the projections do.
+stay bounded whatever the scales of the projections do. Which positions see which keys is decided in
+`context_attention.py`.
 Shape letters: B sequences, T positions, D width, N heads, H head width, R latent rank,
 W rotary width, P = W / 2 rotated pairs.
 """
@@ -12,18 +13,16 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from arbitor.kernel.attention.op import attend
-from arbitor.kernel.attention_heads.op import attention_heads
-from arbitor.kernel.attention_heads.reference import fixed_point
+from arbitor.kernel.attention_heads.op import attention_heads, key_heads
+from arbitor.kernel.attention_heads.reference import fixed_point, query_heads
 from arbitor.kernel.ternary_scale import TernaryLinear
 
 ROTARY_BASE = 10_000.0
 
 
 class MultiHeadLatentAttention(nn.Module):
-    """bfloat16 [B, T, D] -> bfloat16 [B, T, D], the input with what attention found added.
+    """bfloat16 [B, T, D] to latents, latents to heads, what the heads found to [B, T, D].
 
-    Position t sees positions 0..t of its own row.
     Of the H numbers of a head's query and key, the last `rotary_width` carry the position.
     """
 
@@ -49,29 +48,43 @@ class MultiHeadLatentAttention(nn.Module):
         )
         self.output = TernaryLinear(num_heads * head_width, width, activation, gain=output_gain)
 
-    def forward(self, hidden_BTD: Tensor) -> Tensor:
+    def latents(self, hidden_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Low-rank query [B, T, R], latent [B, T, R], unrotated key [B, T, W], residual stream."""
         compressed_BTX, hidden_BTD = self.compress.fork(hidden_BTD)
-        query_low_BTR, latent_BTR, rotary_key_BTW = compressed_BTX.split(
-            [self.latent_rank, self.latent_rank, self.rotary_width], dim=-1
-        )
-        query_BTNH, key_BTNH, value_BTNH = attention_heads(
-            self.expand_query(query_low_BTR),
-            self.expand_latent(latent_BTR),
-            rotary_key_BTW,
-            rotation_table(hidden_BTD.shape[1], self.rotary_width // 2, hidden_BTD.device),
-            self.num_heads,
-        )
-        mixed_BTNH = attend(query_BTNH, key_BTNH, value_BTNH)
-        return hidden_BTD + self.output(mixed_BTNH.flatten(2))
+        ranks = [self.latent_rank, self.latent_rank, self.rotary_width]
+        return *compressed_BTX.split(ranks, dim=-1), hidden_BTD
+
+    def heads(
+        self, query_low_BTR: Tensor, latent_BTR: Tensor, rotary_key_BTW: Tensor, rotation: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value [B, T, N, H] of positions whose rotation is [2, T, P]."""
+        query_BTX, expanded_BTX = self.expand_query(query_low_BTR), self.expand_latent(latent_BTR)
+        return attention_heads(query_BTX, expanded_BTX, rotary_key_BTW, rotation, self.num_heads)
+
+    def queries(self, query_low_BTR: Tensor, rotation: Tensor) -> Tensor:
+        """The query of `heads` alone."""
+        return query_heads(self.expand_query(query_low_BTR), rotation, self.num_heads)
+
+    def keys(
+        self, latent_BTR: Tensor, rotary_key_BTW: Tensor, rotation: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Key and value of `heads` alone."""
+        expanded_BTX = self.expand_latent(latent_BTR)
+        return key_heads(expanded_BTX, rotary_key_BTW, rotation, self.num_heads)
 
 
 @lru_cache(maxsize=64)
-def rotation_table(length: int, num_pairs: int, device: torch.device) -> Tensor:
-    """Cosines and sines [2, T, P] of the rotary angles of positions 0..T-1, int16 fixed point.
+def rotation_table(length: int, num_pairs: int, device: torch.device, stride: int = 1) -> Tensor:
+    """Cosines and sines [2, T, P] of the rotary angles of T positions, int16 fixed point.
 
-    Made on the device and kept: a step that is replayed as a CUDA graph finds it there.
+    The positions are the last ones of T blocks of `stride`: 0..T-1 where it is 1. Made on the
+    device and kept: a step that is replayed as a CUDA graph finds it there.
     """
-    pair = torch.arange(num_pairs, dtype=torch.float64, device=device)
-    position = torch.arange(length, dtype=torch.float64, device=device)
-    angle = position.unsqueeze(-1) * ROTARY_BASE ** (-pair / num_pairs)
+    return rotation_at(torch.arange(1, length + 1, device=device) * stride - 1, num_pairs)
+
+
+def rotation_at(position_T: Tensor, num_pairs: int) -> Tensor:
+    """The same for int64 positions [T], made anew."""
+    pair = torch.arange(num_pairs, dtype=torch.float64, device=position_T.device)
+    angle = position_T.double().unsqueeze(-1) * ROTARY_BASE ** (-pair / num_pairs)
     return fixed_point(torch.stack([angle.cos(), angle.sin()]))

@@ -21,6 +21,7 @@ from arbitor.kernel.correlation.state import (
 from arbitor.kernel.embedding.op import lookup, lookup_backward
 from arbitor.kernel.latent_update.group_exponents import (
     group_operand,
+    relative_exponents,
     scale_of_largest_group,
     spread_over_groups,
 )
@@ -32,8 +33,9 @@ from arbitor.kernel.latent_update.state import (
     trits,
 )
 from arbitor.kernel.matmul import op as matmul
-from arbitor.kernel.matmul.plane import unpack_plane
+from arbitor.kernel.matmul.plane import pack_plane, unpack_plane
 from arbitor.kernel.matmul.quantize import Quantized
+from arbitor.kernel.packed_weight import GroupedPackedState, PackedState, packed_operand
 from arbitor.kernel.rms_norm.op import normalize, normalize_backward
 from arbitor.kernel.state_format import StateFormat
 
@@ -60,13 +62,37 @@ class TernaryWeight(nn.Module):
         else:
             self.load(stored_state(init_state(*start), self.format))
 
-    def load(self, state: TernaryState | CorrelationState) -> None:
+    def load(self, state: TernaryState | CorrelationState | PackedState) -> None:
         self._state_type = type(state)
         self._buffers.clear()
         for field in fields(state):
             self.register_buffer(field.name, getattr(state, field.name))
 
-    def state(self) -> TernaryState | CorrelationState:
+    def pack(self) -> None:
+        """Drops what only learning needs: from here on the weight is for generation."""
+        log2_scale_N, group_scale = self.log2_scale, None
+        if self.format.rule == "bigint":
+            group_scale = relative_log2_scale(self.state(), self.format.correlation_group)
+        elif self.format.group_size:
+            log2_scale_N = scale_of_largest_group(log2_scale_N, self.group_exponent)
+            group_scale = relative_exponents(self.group_exponent)
+        plane_NQ = pack_plane(self.trits())
+        if group_scale is None:
+            self.load(PackedState(plane_NQ, log2_scale_N))
+        else:
+            self.load(GroupedPackedState(plane_NQ, log2_scale_N, group_scale))
+
+    @property
+    def is_packed(self) -> bool:
+        return issubclass(self._state_type, PackedState)
+
+    @property
+    def group_size(self) -> int:
+        """Weights of a row that share a scale beside the row's; 0 where none do."""
+        is_bigint = self.format.rule == "bigint"
+        return self.format.correlation_group if is_bigint else self.format.group_size
+
+    def state(self) -> TernaryState | CorrelationState | PackedState:
         """The buffers themselves, not copies."""
         return self._state_type(
             **{field.name: getattr(self, field.name) for field in fields(self._state_type)}
@@ -84,12 +110,14 @@ class TernaryWeight(nn.Module):
 
     def trits(self) -> Tensor:
         """int8 [N, K] of -1, 0, 1."""
-        if self.format.rule == "bigint":
+        if self.is_packed or self.format.rule == "bigint":
             return unpack_plane(self.plane, self.num_cols)
         return trits(self.latents())
 
     def operand(self) -> Tensor:
         """bfloat16 [N, K]: trits, times their group's scale over `row_scale` if it has one."""
+        if self.is_packed:
+            return packed_operand(self.state(), self.num_cols, self.group_size)
         if self.format.rule == "latent" and self.format.group_size:
             return group_operand(self.trits(), self.group_exponent, self.format.group_size)
         operand_NK = self.trits().to(torch.bfloat16)
@@ -102,14 +130,17 @@ class TernaryWeight(nn.Module):
         return operand_NK
 
     def kernel_operand(self) -> Tensor:
-        """What matmuls and lookups take: int8 latents, or the operand where groups have scales."""
-        has_groups = self.format.rule == "bigint" or self.format.group_size
-        return self.operand() if has_groups else self.latents()
+        """What matmuls take: int8 latents, the uint8 plane of a packed weight, or the bfloat16
+        operand where groups have scales."""
+        if self.group_size:
+            return self.operand()
+        return self.plane if self.is_packed else self.latents()
 
     def row_scale(self) -> Tensor:
         """float32 [N]: 2^(log2_scale / 256), times the largest of the row's group octaves."""
         log2_scale_N = self.log2_scale
-        if self.format.rule == "latent" and self.format.group_size:
+        is_latent = self.format.rule == "latent" and not self.is_packed
+        if is_latent and self.format.group_size:
             log2_scale_N = scale_of_largest_group(log2_scale_N, self.group_exponent)
         return matmul.row_scale(log2_scale_N)
 
@@ -207,7 +238,8 @@ class _EmbeddingFunction(torch.autograd.Function):
     def forward(ctx, anchor: Tensor, indices_M: Tensor, table: TernaryEmbedding) -> Tensor:
         ctx.table = table
         ctx.save_for_backward(indices_M)
-        return lookup(indices_M, table.kernel_operand(), table.row_scale())
+        operand = table.operand() if table.is_packed else table.kernel_operand()
+        return lookup(indices_M, operand, table.row_scale())
 
     @staticmethod
     def backward(ctx, grad_MD: Tensor) -> tuple[None, None, None]:

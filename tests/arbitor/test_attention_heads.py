@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from arbitor.attention.mla import rotation_table
+from arbitor.attention.mla import rotation_at, rotation_table
 from arbitor.kernel import backend
-from arbitor.kernel.attention_heads.op import attention_heads
+from arbitor.kernel.attention_heads.op import attention_heads, key_heads
 from arbitor.kernel.attention_heads.reference import EPSILON, ROTATION_UNIT, rotate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -122,6 +122,25 @@ def test_attention_reads_the_results_without_copies(name):
 
 
 @pytest.mark.parametrize("name", ["torch", "triton"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_keys_alone_are_those_of_all_heads(shape, name):
+    pytest.importorskip("triton")
+    (_, expanded, rotary_key), (_, *gradients) = inputs, grads = random_problem(
+        shape, torch.bfloat16
+    )
+    _, key, value, _, *expected = run(name, inputs, grads, shape)
+    backend.clear_path_counts()
+    leaves = [x.detach().requires_grad_() for x in (expanded, rotary_key)]
+    table = rotation_table(shape[1], shape[4] // 2, expanded.device)
+    outputs = key_heads(*leaves, table, shape[2])
+    torch.autograd.backward(outputs, gradients)
+    got = [x.double() for x in (*outputs, *(leaf.grad for leaf in leaves))]
+    for ours, theirs in zip(got, (key, value, *expected), strict=True):
+        assert torch.equal(ours, theirs)
+    assert backend.path_counts()["key_heads.forward", name] == 1
+
+
+@pytest.mark.parametrize("name", ["torch", "triton"])
 def test_a_slice_of_the_table_continues_a_sequence(name):
     pytest.importorskip("triton")
     backend.set_backend(name)
@@ -132,6 +151,12 @@ def test_a_slice_of_the_table_continues_a_sequence(name):
     rest = attention_heads(*(x[:, 6:] for x in inputs), table[:, 6:], 3)
     for a, b in zip(whole, rest, strict=True):
         assert torch.equal(a[:, 6:], b)
+
+
+def test_a_table_with_a_stride_has_the_last_positions_of_its_blocks():
+    table = rotation_table(12, 8, torch.device("cpu"))
+    assert torch.equal(rotation_table(3, 8, torch.device("cpu"), 4), table[:, 3::4])
+    assert torch.equal(rotation_at(torch.tensor([7, 2]), 8), table[:, [7, 2]])
 
 
 def test_rotation_keeps_norms_and_depends_on_distance_alone():

@@ -12,11 +12,20 @@ from arbitor.optimizer import UpdateConfig
 
 CONFIG = """
 steps: 3
-model: {width: 64, num_layers: 1, head_width: 32, rotary_width: 16, enable_attention: true}
+model: {width: 64, num_layers: 1, head_width: 32, rotary_width: 16, enable_attention: true,
+        attention_window: 4, hca_stride: 2}
 """
 
 
-MODEL = ModelConfig(width=64, num_layers=1, head_width=32, rotary_width=16, enable_attention=True)
+MODEL = ModelConfig(
+    width=64,
+    num_layers=1,
+    head_width=32,
+    rotary_width=16,
+    enable_attention=True,
+    attention_window=4,
+    hca_stride=2,
+)
 
 
 @pytest.mark.parametrize("rule", ["latent", "bigint"])

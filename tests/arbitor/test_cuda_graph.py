@@ -12,7 +12,9 @@ from arbitor.main import ARBModel, ModelConfig
 from arbitor.optimizer import TernaryOptimizer, UpdateConfig
 from arbitor.trainer import SlotRunner, train_step
 
-CONFIG = ModelConfig(width=192, num_layers=2, enable_attention=True)
+CONFIG = ModelConfig(
+    width=192, num_layers=2, enable_attention=True, attention_window=32, hca_stride=8
+)
 STEPS = 5
 
 

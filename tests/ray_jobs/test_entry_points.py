@@ -129,7 +129,9 @@ def test_the_readmes_commands_run(command, workplace):
     command = command.replace(".venv/bin/python", sys.executable)
     if command == "make smoke":
         command = f"{sys.executable} -m ray_jobs.smoke"
-    if "ray_jobs" in command:
+    if " runs/" in command:  # the run of the command before
+        command = command.replace(" runs/", f" {workplace / 'runs'}/")
+    elif "ray_jobs" in command:
         command = f"{command} {storage}"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(

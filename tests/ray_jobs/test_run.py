@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -24,6 +26,7 @@ VALUES = {
     "log_interval": 5,
     "eval_interval": 10,
     "save_interval": 10,
+    "sample_interval": 10,
     "log_slots": True,
     "model": {"width": 64, "num_layers": 1, "head_width": 32, "rotary_width": 16},
     "update": {"warmup_steps": 5},
@@ -48,7 +51,11 @@ def storage(tmp_path_factory):
 
 def make_config(storage, name, profile=False, **scaling):
     values = VALUES | {"name": name, "storage": str(storage), "profile": profile}
-    values["model"] = values["model"] | {"enable_attention": True}
+    values["model"] = values["model"] | {
+        "enable_attention": True,
+        "attention_window": 8,
+        "hca_stride": 4,
+    }
     return build(RunConfig, values | {"scaling": VALUES["scaling"] | scaling})
 
 
@@ -151,8 +158,26 @@ def test_mlflow_has_one_run_with_one_point_a_step(one_worker, storage):
     totals = client.get_metric_history(note["run_id"], "loss/total")
     assert [point.step for point in totals] == list(range(1, STEPS + 1))
     assert totals[-1].value < totals[0].value
+    samples = [f.path for f in client.list_artifacts(note["run_id"], "samples")]
+    assert samples == ["samples/step-00000010.txt", "samples/step-00000020.txt"]
+    assert (one_worker.folder / samples[1]).read_text().startswith("--- 1\n")
     validation = client.get_metric_history(note["run_id"], "validation/text")
     assert [point.step for point in validation] == [10, 20]
+
+
+def test_evaluation_of_a_run_repeats_its_own(one_worker):
+    newest = newest_checkpoint(one_worker.folder / CHECKPOINTS)
+    (*_, last) = JournalReader(one_worker.folder).read()
+    for path in (one_worker.folder, newest):
+        command = [sys.executable, "-m", "ray_jobs.evaluate", str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert f"{newest}: step 20" in done.stdout
+        for source in ("text", "code"):
+            loss = last.metrics[f"validation/{source}"]
+            assert f"{source}: {loss:.4f} nats per symbol" in done.stdout
+    done = subprocess.run([*command[:-1], "/"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "give a run's folder" in done.stderr
 
 
 def test_a_finished_run_says_so_and_changes_nothing(one_worker, capsys):

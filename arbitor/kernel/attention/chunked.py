@@ -79,5 +79,14 @@ def _attend_chunk(slices, query_BCNH, key, value, compressed_key, compressed_val
     seen_CS = torch.cat([j < start // stride, (s >= start) & (s <= t)], dim=1)
     key_BSNH = torch.cat([compressed_key, key], dim=1)
     value_BSNH = torch.cat([compressed_value, value], dim=1)
-    heads_first = (x.transpose(1, 2) for x in (query_BCNH, key_BSNH, value_BSNH))
-    return F.scaled_dot_product_attention(*heads_first, attn_mask=seen_CS).transpose(1, 2)
+    return softmax_attention(query_BCNH, key_BSNH, value_BSNH, attn_mask=seen_CS)
+
+
+def softmax_attention(
+    query_BTNH: Tensor, key_BSNH: Tensor, value_BSNH: Tensor, **mask: Tensor | bool
+) -> Tensor:
+    """PyTorch's attention in float32, rounded once: its bfloat16 kernels round by their blocks, and
+    what is generated key by key could not follow them."""
+    inputs = (x.transpose(1, 2).float() for x in (query_BTNH, key_BSNH, value_BSNH))
+    out_BNTH = F.scaled_dot_product_attention(*inputs, **mask)
+    return out_BNTH.transpose(1, 2).to(query_BTNH.dtype)

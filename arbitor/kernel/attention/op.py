@@ -5,7 +5,6 @@ Shape letters: B sequences, T positions, J compressed blocks, N heads, H head wi
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from arbitor.kernel.attention import chunked
@@ -39,8 +38,8 @@ def attend(
     count_path("attention.forward", "torch")
     if window is not None:
         return chunked.attend(*inputs)
-    heads_first = (x.transpose(1, 2) for x in (query_BTNH, key_BTNH, value_BTNH))
-    return F.scaled_dot_product_attention(*heads_first, is_causal=True).transpose(1, 2).contiguous()
+    heads = (query_BTNH, key_BTNH, value_BTNH)
+    return chunked.softmax_attention(*heads, is_causal=True).contiguous()
 
 
 def _seen(

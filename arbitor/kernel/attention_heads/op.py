@@ -32,6 +32,18 @@ def attention_heads(
     return reference.attention_heads(*inputs)
 
 
+def key_heads(
+    expanded_BTX: Tensor, rotary_key_BTW: Tensor, rotation_2TP: Tensor, num_heads: int
+) -> tuple[Tensor, Tensor]:
+    """Key and value [B, T, N, H] alone, for compressed and for cached positions."""
+    inputs = (expanded_BTX, rotary_key_BTW, rotation_2TP, num_heads)
+    if runs_triton(expanded_BTX):
+        count_path("key_heads.forward", "triton")
+        return _KeyHeadsFunction.apply(*inputs)
+    count_path("key_heads.forward", "torch")
+    return reference.key_heads(*inputs)
+
+
 class _HeadsFunction(torch.autograd.Function):
     """Saves query and key, which attention keeps too, and an inverse rms for each normalized part.
 
@@ -56,5 +68,27 @@ class _HeadsFunction(torch.autograd.Function):
         count_path("attention_heads.backward", "triton")
         gradients = triton.heads_backward(
             grad_query_BTNH, grad_key_BTNH, grad_value_BTNH, *ctx.saved_tensors
+        )
+        return *gradients, None, None
+
+
+class _KeyHeadsFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, expanded_BTX, rotary_key_BTW, rotation_2TP, num_heads):
+        from arbitor.kernel.attention_heads import triton
+
+        _, key_BTNH, value_BTNH, inverse_rms_4R = triton.heads_forward(
+            None, expanded_BTX, rotary_key_BTW, rotation_2TP, num_heads
+        )
+        ctx.save_for_backward(key_BTNH, rotation_2TP, inverse_rms_4R)
+        return key_BTNH, value_BTNH
+
+    @staticmethod
+    def backward(ctx, grad_key_BTNH, grad_value_BTNH):
+        from arbitor.kernel.attention_heads import triton
+
+        count_path("key_heads.backward", "triton")
+        _, *gradients = triton.heads_backward(
+            None, grad_key_BTNH, grad_value_BTNH, None, *ctx.saved_tensors
         )
         return *gradients, None, None

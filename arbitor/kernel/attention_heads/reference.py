@@ -35,18 +35,32 @@ def attention_heads(
     [B, T, N * (C + H)] the key's content and the value of each head; the rotary key is shared by
     all heads. Every part is normalized by itself, the rotary ones are then rotated.
     """
-    query_BTNH = query_BTX.unflatten(-1, (num_heads, -1))
-    head_width, rotary_width = query_BTNH.shape[-1], rotary_key_BTW.shape[-1]
-    content_width = head_width - rotary_width
-    content, rotary = query_BTNH.split([content_width, rotary_width], dim=-1)
-    query_BTNH = torch.cat([_normalize(content), rotate(_normalize(rotary), rotation_2TP)], dim=-1)
+    query_BTNH = query_heads(query_BTX, rotation_2TP, num_heads)
+    return query_BTNH, *key_heads(expanded_BTX, rotary_key_BTW, rotation_2TP, num_heads)
 
+
+def query_heads(query_BTX: Tensor, rotation_2TP: Tensor, num_heads: int) -> Tensor:
+    """The query of `attention_heads` alone."""
+    query_BTNH = query_BTX.unflatten(-1, (num_heads, -1))
+    rotary_width = 2 * rotation_2TP.shape[-1]
+    content, rotary = query_BTNH.split([query_BTNH.shape[-1] - rotary_width, rotary_width], dim=-1)
+    query_BTNH = torch.cat([_normalize(content), rotate(_normalize(rotary), rotation_2TP)], dim=-1)
+    return query_BTNH.to(query_BTX.dtype)
+
+
+def key_heads(
+    expanded_BTX: Tensor, rotary_key_BTW: Tensor, rotation_2TP: Tensor, num_heads: int
+) -> tuple[Tensor, Tensor]:
+    """Key and value of `attention_heads` alone: of positions that ask nothing."""
     expanded_BTNX = expanded_BTX.unflatten(-1, (num_heads, -1))
-    content, value_BTNH = expanded_BTNX.split([content_width, head_width], dim=-1)
+    head_width = (expanded_BTNX.shape[-1] + rotary_key_BTW.shape[-1]) // 2
+    content, value_BTNH = expanded_BTNX.split(
+        [head_width - rotary_key_BTW.shape[-1], head_width], dim=-1
+    )
     rotary = rotate(_normalize(rotary_key_BTW.unsqueeze(2)), rotation_2TP)
     rotary = rotary.expand(-1, -1, num_heads, -1)
     key_BTNH = torch.cat([_normalize(content), rotary], dim=-1)
-    return query_BTNH.to(query_BTX.dtype), key_BTNH.to(expanded_BTX.dtype), value_BTNH
+    return key_BTNH.to(expanded_BTX.dtype), value_BTNH
 
 
 def rotate(x_BTNW: Tensor, rotation_2TP: Tensor) -> Tensor:

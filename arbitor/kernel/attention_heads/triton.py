@@ -20,22 +20,25 @@ _ALIGNMENT = 8
 
 
 def heads_forward(
-    query_BTX: Tensor,
+    query_BTX: Tensor | None,
     expanded_BTX: Tensor,
     rotary_key_BTW: Tensor,
     rotation_2TP: Tensor,
     num_heads: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
     """Query, key, value [B, T, N, H] and the float32 inverse rms [4, R] of the normalized parts:
     query content, query rotary, key content, rotary key (the same for all heads of a position).
+
+    Without a query there is none among the results, and its inverse rms are not written.
     """
     B, T, W = rotary_key_BTW.shape
-    N, H, P = num_heads, query_BTX.shape[-1] // num_heads, W // 2
+    N, H, P = num_heads, (expanded_BTX.shape[-1] // num_heads + W) // 2, W // 2
     C, R = H - W, B * T * N
-    query_BTX, expanded_BTX = query_BTX.contiguous(), expanded_BTX.contiguous()
-    rotary_key_MW = _rows(rotary_key_BTW)
-    device = query_BTX.device
-    query_BTNH = torch.empty(B, T, N, H, dtype=query_BTX.dtype, device=device)
+    expanded_BTX, rotary_key_MW = expanded_BTX.contiguous(), _rows(rotary_key_BTW)
+    device, query_BTNH = expanded_BTX.device, None
+    if query_BTX is not None:
+        query_BTX = query_BTX.contiguous()
+        query_BTNH = torch.empty(B, T, N, H, dtype=query_BTX.dtype, device=device)
     key_BTNH = torch.empty(B, T, N, H, dtype=expanded_BTX.dtype, device=device)
     inverse_rms_4R = torch.empty(4, R, dtype=torch.float32, device=device)
     block_r, num_warps = _FORWARD_BLOCKS
@@ -51,6 +54,7 @@ def heads_forward(
         T,
         rotary_key_MW.stride(0),
         EPSILON,
+        HAS_QUERY=query_BTX is not None,
         **_constants(N, C, P),
         BLOCK_R=block_r,
         num_warps=num_warps,
@@ -62,24 +66,27 @@ def heads_forward(
 
 
 def heads_backward(
-    grad_query_BTNH: Tensor,
+    grad_query_BTNH: Tensor | None,
     grad_key_BTNH: Tensor,
     grad_value_BTNH: Tensor,
-    query_BTNH: Tensor,
+    query_BTNH: Tensor | None,
     key_BTNH: Tensor,
     rotation_2TP: Tensor,
     inverse_rms_4R: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor, Tensor]:
     """Gradients of expanded query [B, T, N * H], latent [B, T, N * (C + H)], rotary key [B, T, W].
 
-    The rotary key's is summed over the heads in their order.
+    The rotary key's is summed over the heads in their order. No gradient of a query without one.
     """
-    B, T, N, H = query_BTNH.shape
+    B, T, N, H = key_BTNH.shape
     P = rotation_2TP.shape[-1]
     C, M = H - 2 * P, B * T
+    device, out_query, has_query = key_BTNH.device, None, query_BTNH is not None
+    if has_query:
+        out_query = torch.empty(B, T, N * H, dtype=query_BTNH.dtype, device=device)
+    else:
+        grad_query_BTNH = grad_key_BTNH
     grads = [_last_contiguous(g) for g in (grad_query_BTNH, grad_key_BTNH, grad_value_BTNH)]
-    device = query_BTNH.device
-    out_query = torch.empty(B, T, N * H, dtype=query_BTNH.dtype, device=device)
     out_expanded = torch.empty(B, T, N * (C + H), dtype=key_BTNH.dtype, device=device)
     out_rotary_key = torch.empty(B, T, 2 * P, dtype=key_BTNH.dtype, device=device)
     block_m, num_warps = _BACKWARD_BLOCKS
@@ -95,6 +102,7 @@ def heads_backward(
         M,
         T,
         *(stride for grad in grads for stride in grad.stride()[:3]),
+        HAS_QUERY=has_query,
         **_constants(N, C, P),
         BLOCK_H=triton.next_power_of_2(H),
         BLOCK_M=block_m,
@@ -131,6 +139,7 @@ def attention_heads_forward_kernel(
     T,
     stride_km,
     epsilon,
+    HAS_QUERY: tl.constexpr,
     N: tl.constexpr,
     C: tl.constexpr,
     P: tl.constexpr,
@@ -150,11 +159,12 @@ def attention_heads_forward_kernel(
     cos = tl.load(cos_ptr + angle, mask=in_pairs, other=0).to(tl.float32) * UNIT
     sin = tl.load(sin_ptr + angle, mask=in_pairs, other=0).to(tl.float32) * UNIT
 
-    query, query_out = query_ptr + row * H, query_out_ptr + row * H
-    content = _normalize(query + c, query_out + c, in_content, C, epsilon)
-    rotary = _normalize_and_rotate(query + C + p, query_out + C + p, in_pairs, cos, sin, P, epsilon)
-    tl.store(inverse_rms_ptr + r, content, mask=in_r)
-    tl.store(inverse_rms_ptr + R + r, rotary, mask=in_r)
+    if HAS_QUERY:
+        query, out = query_ptr + row * H, query_out_ptr + row * H
+        content = _normalize(query + c, out + c, in_content, C, epsilon)
+        rotary = _normalize_and_rotate(query + C + p, out + C + p, in_pairs, cos, sin, P, epsilon)
+        tl.store(inverse_rms_ptr + r, content, mask=in_r)
+        tl.store(inverse_rms_ptr + R + r, rotary, mask=in_r)
 
     key_out = key_out_ptr + row * H
     expanded = expanded_ptr + row * (C + H)
@@ -215,6 +225,7 @@ def attention_heads_backward_kernel(
     stride_vb,
     stride_vt,
     stride_vn,
+    HAS_QUERY: tl.constexpr,
     N: tl.constexpr,
     C: tl.constexpr,
     P: tl.constexpr,
@@ -248,18 +259,18 @@ def attention_heads_backward_kernel(
     for n in range(N):
         r = m.to(tl.int64) * N + n
         row = r[:, None]
-        content_rms = tl.load(inverse_rms_ptr + r, mask=in_m, other=0.0)
-        rotary_rms = tl.load(inverse_rms_ptr + R + r, mask=in_m, other=0.0)
+        if HAS_QUERY:
+            content_rms = tl.load(inverse_rms_ptr + r, mask=in_m, other=0.0)
+            rotary_rms = tl.load(inverse_rms_ptr + R + r, mask=in_m, other=0.0)
+            query, out = query_ptr + row * H, out_query_ptr + row * H
+            _content_gradient(grad_query + c, query + c, out + c, in_content, content_rms, C)
+            first = widen(tl.load(grad_query + C + p, mask=in_pairs, other=0.0))
+            second = widen(tl.load(grad_query + C + P + p, mask=in_pairs, other=0.0))
+            _rotary_gradient(
+                first, second, query + C + p, out + C + p, in_pairs, rotary_rms, cos, sin, P
+            )
+
         key_rms = tl.load(inverse_rms_ptr + 2 * R + r, mask=in_m, other=0.0)
-
-        query, out = query_ptr + row * H, out_query_ptr + row * H
-        _content_gradient(grad_query + c, query + c, out + c, in_content, content_rms, C)
-        first = widen(tl.load(grad_query + C + p, mask=in_pairs, other=0.0))
-        second = widen(tl.load(grad_query + C + P + p, mask=in_pairs, other=0.0))
-        _rotary_gradient(
-            first, second, query + C + p, out + C + p, in_pairs, rotary_rms, cos, sin, P
-        )
-
         out = out_expanded_ptr + row * (C + H)
         _content_gradient(grad_key + c, key_ptr + row * H + c, out + c, in_content, key_rms, C)
         value = tl.load(grad_value + h, mask=in_value, other=0.0)
@@ -267,7 +278,8 @@ def attention_heads_backward_kernel(
         key_first += widen(tl.load(grad_key + C + p, mask=in_pairs, other=0.0))
         key_second += widen(tl.load(grad_key + C + P + p, mask=in_pairs, other=0.0))
 
-        grad_query += stride_qn
+        if HAS_QUERY:
+            grad_query += stride_qn
         grad_key += stride_kn
         grad_value += stride_vn
 

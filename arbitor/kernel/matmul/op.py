@@ -9,18 +9,21 @@ from torch import Tensor
 
 from arbitor.kernel.backend import active_backend, count_path, runs_triton
 from arbitor.kernel.latent_update.fixed_point import POW2_Q16, float32_power_of_two
-from arbitor.kernel.latent_update.state import trits
+from arbitor.kernel.latent_update.state import LATENT_MAX, trits
 from arbitor.kernel.matmul import reference
+from arbitor.kernel.matmul.plane import plane_matmul, unpack_plane
 from arbitor.kernel.matmul.quantize import Quantized
 
 
 def forward(x: Quantized, weight_NK: Tensor, row_scale_N: Tensor) -> Tensor:
     """bfloat16 y [M, N] = 2^s * scale * (codes . weight).
 
-    The weight is int8 latents, which stand for trits, or a bfloat16 operand. That one takes plain
-    bfloat16 matmuls on every backend but TileLang.
+    The weight is int8 latents, which stand for trits, the uint8 plane of packed ones, or a bfloat16
+    operand. That one takes plain bfloat16 matmuls on every backend but TileLang.
     """
-    if active_backend() == "tilelang":
+    if weight_NK.dtype == torch.uint8:
+        y_MN, path = _plane_forward(x, weight_NK, row_scale_N)
+    elif active_backend() == "tilelang":
         from arbitor.kernel.matmul import tilelang
 
         y_MN, path = tilelang.matmul_forward(x, weight_NK, row_scale_N), "tilelang"
@@ -32,6 +35,19 @@ def forward(x: Quantized, weight_NK: Tensor, row_scale_N: Tensor) -> Tensor:
         y_MN, path = reference.matmul_forward(x, _operand(weight_NK), row_scale_N), "torch"
     count_path("matmul.forward", path)
     return y_MN
+
+
+def _plane_forward(x: Quantized, plane_NQ: Tensor, row_scale_N: Tensor) -> tuple[Tensor, str]:
+    """Few positions read the plane itself; for many it is unpacked once."""
+    if not runs_triton(plane_NQ):
+        return plane_matmul(x, plane_NQ, row_scale_N), "torch"
+    from arbitor.kernel.matmul import decode_gemv, triton
+
+    M, K = x.codes.shape
+    if M <= decode_gemv.MAX_POSITIONS:
+        return decode_gemv.plane_matmul(x, plane_NQ, row_scale_N), "plane"
+    # Any latent outside the dead zone stands for its sign.
+    return triton.matmul_forward(x, unpack_plane(plane_NQ, K) * LATENT_MAX, row_scale_N)
 
 
 def backward(

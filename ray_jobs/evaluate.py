@@ -1,0 +1,62 @@
+"""Held-out losses of a run, source by source: `python -m ray_jobs.evaluate RUN`.
+
+RUN is a run's folder, for its newest checkpoint, or the folder of one of its checkpoints. The
+sequences are those of the run's own evaluations.
+"""
+
+import argparse
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from arbitor.errors import UserError
+from arbitor.export import open_model
+from arbitor.kernel.backend import BACKENDS, set_backend
+from arbitor.modality import BYTE_MODALITIES
+from arbitor.settings import build, read_yaml
+from arbitor.trainer import evaluate
+from data_pipeline.run_data import held_out_slots
+from ray_jobs.config import RunConfig
+from ray_jobs.run import CONFIG, exit_with_message
+from ray_jobs.worker import open_run_data, set_conditions, to_batch
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="evaluate", description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, metavar="RUN")
+    parser.add_argument("--backend", default="auto", choices=BACKENDS)
+    options = parser.parse_args(arguments)
+    config = read_run_config(options.run)
+    set_conditions(config)
+    set_backend(options.backend)
+    opened = open_model(options.run)
+    print(f"{opened.path}: step {opened.step}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, data = opened.model.to(device), open_run_data(config)
+    for source in data.manifests:
+        batches = [to_batch(slot, device) for slot in held_out_slots(data, source)]
+        if not batches:
+            print(f"{source}: no held-out rows")
+            continue
+        loss = evaluate(model, iter(batches))
+        line = f"{source}: {loss:.4f} nats per symbol"
+        if config.data.sources[source].modality in BYTE_MODALITIES:
+            line += f", {loss / math.log(2):.4f} bits per byte"
+        print(f"{line}, over {len(batches)} slots")
+
+
+def read_run_config(path: Path) -> RunConfig:
+    """The configuration of the run whose folder, or whose checkpoint's folder, `path` is."""
+    for folder in (path, path.absolute().parent.parent):
+        if (folder / CONFIG).is_file():
+            config = build(RunConfig, read_yaml(folder / CONFIG))
+            folder = folder.absolute()  # it may have been moved
+            return replace(config, storage=str(folder.parent), name=folder.name)
+    raise UserError(f"{path}: no {CONFIG} of a run there; give a run's folder")
+
+
+if __name__ == "__main__":
+    exit_with_message(lambda: main(sys.argv[1:]))
