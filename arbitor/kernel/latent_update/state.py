@@ -69,6 +69,8 @@ def init_state(num_rows: int, num_cols: int, gain: float, seed: int, name: str) 
     `gain` for inputs of rms 1: log2(gain / sqrt(K * 0.69)), 0.69 being the share of nonzero trits.
     """
     state = blank_state(num_rows, num_cols)
+    if state.latent.is_meta:  # shapes alone
+        return state
     key = stream_key(seed, 0, tensor_id(name), STREAM_INIT)
     thresholds = _normal_thresholds().to(state.latent.device)
     for rows in row_blocks(num_rows, num_cols):
