@@ -74,4 +74,4 @@ class Loop(StepCounts):
     def apply(self, counts_SL: Tensor, key: int) -> dict[str, float]:
         """Takes the positions that each round found running; there is no state to move."""
         running_R = counts_SL.sum(dim=0)
-        return {"loop/rounds": float(running_R.sum() / running_R[0])}
+        return {"loop/rounds": int(running_R.sum()) / int(running_R[0])}

@@ -12,11 +12,27 @@ from arbitor.optimizer import UpdateConfig
 
 CONFIG = """
 steps: 3
-model: {width: 64, num_layers: 1, head_width: 32, rotary_width: 16, enable_attention: true}
+model:
+  width: 64
+  num_layers: 1
+  head_width: 32
+  rotary_width: 16
+  enable_attention: true
+  enable_vq: true
+  enable_graph: true
+  enable_moe: true
+  enable_act: true
 """
 
 
-MODEL = ModelConfig(width=64, num_layers=1, head_width=32, rotary_width=16, enable_attention=True)
+PARTS = ("attention", "vq", "graph", "moe", "act")
+MODEL = ModelConfig(
+    width=64,
+    num_layers=1,
+    head_width=32,
+    rotary_width=16,
+    **{f"enable_{part}": True for part in PARTS},
+)
 
 
 @pytest.mark.parametrize("rule", ["latent", "bigint"])
