@@ -47,7 +47,8 @@ def storage(tmp_path_factory):
 
 def make_config(storage, name, profile=False, **scaling):
     values = VALUES | {"name": name, "storage": str(storage), "profile": profile}
-    values["model"] = values["model"] | {"enable_attention": True}
+    parts = {f"enable_{part}": True for part in ("attention", "vq", "graph", "moe", "act")}
+    values["model"] = values["model"] | parts | {"codebook_size": 64}
     return build(RunConfig, values | {"scaling": VALUES["scaling"] | scaling})
 
 
