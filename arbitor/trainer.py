@@ -10,6 +10,7 @@ from torch import Tensor
 
 from arbitor.batch import SlotBatch
 from arbitor.cuda_graph import Recording, can_record
+from arbitor.loss import LossWeight
 from arbitor.main import ARBModel
 from arbitor.optimizer import TernaryOptimizer, UpdateReport
 from arbitor.profiling import StepProfile
@@ -31,9 +32,10 @@ def train(
     steps: Iterable[tuple[int, list[SlotBatch]]],
     report: Callable[[StepReport], None],
     profile: StepProfile | None = None,
+    loss_weight: LossWeight | None = None,
 ) -> None:
     """Runs the steps in order; `steps` yields each step's number and this worker's slots of it."""
-    run_slot = SlotRunner(model, optimizer)
+    run_slot = SlotRunner(model, optimizer, loss_weight)
     iterator = iter(steps)
     while True:
         started = time.perf_counter()
@@ -62,37 +64,45 @@ class SlotRunner:
     first gradient are calibrated after it.
     """
 
-    def __init__(self, model: ARBModel, optimizer: TernaryOptimizer):
+    def __init__(
+        self,
+        model: ARBModel,
+        optimizer: TernaryOptimizer,
+        loss_weight: LossWeight | None = None,
+    ):
         self.model, self.optimizer = model, optimizer
+        self.loss_weight = loss_weight or LossWeight()
         self._touched: dict[Hashable, list[str]] = {}  # weights that slots of a shape train
         self._recorded: dict[Hashable, tuple[SlotBatch, Recording]] = {}
 
     def __call__(self, step: int, batch: SlotBatch) -> None:
         self.optimizer.begin_slot(step, batch.slot)
         if self._is_recordable(batch):
-            loss = self._replay(batch)
+            loss, figures = self._replay(batch)
         else:
-            loss, self._touched[batch.signature] = self._launch(batch)
-        self.optimizer.count_slot(batch.slot, loss, self._touched[batch.signature])
+            (loss, figures), self._touched[batch.signature] = self._launch(batch)
+        self.optimizer.count_slot(batch.slot, loss, self._touched[batch.signature], figures)
 
-    def _launch(self, batch: SlotBatch) -> tuple[Tensor, list[str]]:
-        loss = self.model(batch)
-        loss.backward()
-        return loss.detach(), self.optimizer.convert_gradients(batch.slot)
+    def _launch(self, batch: SlotBatch) -> tuple[tuple[Tensor, Tensor], list[str]]:
+        losses = self.model.losses(batch)
+        (losses.loss * self.loss_weight.of(batch.modality)).backward()
+        names = self.optimizer.convert_gradients(batch.slot)
+        return (losses.loss.detach(), losses.figures_tensor()), names
 
     def _is_recordable(self, batch: SlotBatch) -> bool:
         names = self._touched.get(batch.signature)
         calibrated = names is not None and self.optimizer.is_calibrated(names)
         return calibrated and can_record(batch.symbols_BT.device)
 
-    def _replay(self, batch: SlotBatch) -> Tensor:
+    def _replay(self, batch: SlotBatch) -> tuple[Tensor, Tensor]:
         if batch.signature not in self._recorded:
             fixed = batch.copy()
             self._recorded[batch.signature] = fixed, Recording(lambda: self._launch(fixed))
         fixed, recording = self._recorded[batch.signature]
         fixed.copy_from(batch)
         recording.replay()
-        return recording.result[0].clone()
+        loss, figures = recording.result[0]
+        return loss.clone(), figures.clone()
 
 
 @torch.no_grad()
