@@ -1,5 +1,6 @@
 """The training loop: an iterator of steps in, a report a step out. Knows no Ray."""
 
+import math
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import nullcontext
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from arbitor.batch import SlotBatch
 from arbitor.cuda_graph import Recording, can_record
-from arbitor.loss import LossWeight
+from arbitor.loss import FIGURES, LossWeight
 from arbitor.main import ARBModel
 from arbitor.optimizer import TernaryOptimizer, UpdateReport
 from arbitor.profiling import StepProfile
@@ -106,10 +107,17 @@ class SlotRunner:
 
 
 @torch.no_grad()
-def evaluate(model: ARBModel, slots: Iterator[SlotBatch]) -> float:
-    """Mean loss over held-out slots, each weighted by its number of targets."""
-    total, count = 0.0, 0
+def evaluate(model: ARBModel, slots: Iterator[SlotBatch]) -> dict[str, float]:
+    """Mean loss and figures over held-out slots, each weighted by its number of targets.
+
+    Without the figures that the slots do not have.
+    """
+    total, count = torch.zeros(1 + len(FIGURES), dtype=torch.float64), 0
     for batch in slots:
         targets = int((batch.targets_BT >= 0).sum())
-        total, count = total + model(batch).item() * targets, count + targets
-    return total / count
+        losses = model.losses(batch)
+        values = torch.cat([losses.loss.view(1), losses.figures_tensor()])
+        total, count = total + values.double().cpu() * targets, count + targets
+    means = dict(zip(("loss", *FIGURES), (total / count).tolist(), strict=True))
+    del means["trunk_gradient_rms"]  # there was no backward pass
+    return {name: mean for name, mean in means.items() if not math.isnan(mean)}

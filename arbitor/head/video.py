@@ -26,8 +26,8 @@ from arbitor.kernel.ternary_scale import TernaryEmbedding, TernaryLinear
 
 NUM_TIMES = 64  # times are multiples of 1/64
 TIME_STRIDE = 37  # odd: the frames of a slot come at times spread evenly
-SECOND_MOMENT = 0.5
-OUTPUT_GAIN = 0.1  # the first velocities are close to the linear guess
+SECOND_MOMENT = 0.25
+OUTPUT_GAIN = 0.5
 
 
 class VideoHead(nn.Module):
@@ -54,6 +54,7 @@ class VideoHead(nn.Module):
             DenoiserBlock(width, num_layers, head_width, feed_forward_width, activation)
             for _ in range(num_layers)
         )
+        self.share_of_input = TernaryLinear(width, 1, activation, gain=OUTPUT_GAIN)
         self.velocity_of_patch = nn.ModuleDict(
             {
                 name: TernaryLinear(width, grid.patch_values, activation, gain=OUTPUT_GAIN)
