@@ -120,7 +120,6 @@ def test_the_seed_and_the_name_decide_a_weights_start():
         ({"width": 0}, "model.width: expected at least 1"),
         ({"activation": "fp4"}, "model.activation: expected one of fp8, int8, got 'fp4'"),
         ({"rotary_width": 64}, "model.rotary_width: expected an even number below head_width"),
-        ({"enable_output_router": True}, "not built yet: OutputRouter"),
         ({"enable_graph": True}, "model.enable_graph: its nodes are codes of the VQ bridge"),
         ({"enable_act": True, "enable_vq": True}, "model.enable_act: it halts the loop"),
         ({"codebook_size": 1 << 17}, "model.codebook_size: .* at most 65536 codes, got 131072"),
