@@ -24,7 +24,6 @@ from tests.data_pipeline.media_shards import (
     write_media_jsonl,
     write_media_parquet,
     write_plain_binary,
-    write_tar,
 )
 from tests.data_pipeline.shards import numbered_rows, row_numbers, run_data, write_parquet
 
