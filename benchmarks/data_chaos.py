@@ -16,30 +16,27 @@ import json
 import os
 import random
 import signal
+import sys
 import tempfile
 import threading
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
-from hashlib import blake2b
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import pyarrow.parquet as pq
 import ray
 import ray.train
 import torch
 import torch.distributed
 from ray.train.torch import TorchTrainer
 
+from benchmarks.logged_slots import Attempt, check
 from benchmarks.timing import environment
 from data_pipeline import run_data as run_data_module
 from data_pipeline.index import index_sources
-from data_pipeline.run_data import RunData, read_slots
+from data_pipeline.run_data import RunData
 from data_pipeline.schema import DataConfig, SourceConfig
 from data_pipeline.stream import stream_slots
 from ray_jobs.worker import log_slots
@@ -72,24 +69,31 @@ class Chaos:
         path = self.folder / COMMITTED
         return int(path.read_text()) if path.exists() else 0
 
-    def attempt(self, number: int) -> Path:
-        return self.folder / f"attempt-{number}"
+    def start_folder(self, number: int) -> Path:
+        return self.folder / f"start-{number}"
+
+    def check(self, starts: "list[Start]") -> dict[str, int]:
+        """Counts what happened. Raises SlotError where a log is not the plan."""
+        attempts = [Attempt(self.start_folder(s.number), s.first, s.stop) for s in starts]
+        return {
+            "steps": self.steps,
+            "starts_of_job": len(starts),
+            "workers_killed": sum(start.worker_killed for start in starts),
+            "tasks_killed": sum(start.tasks_killed for start in starts),
+            **check(self.data, self.steps, attempts),
+        }
 
 
-class Attempt(NamedTuple):
-    """One start of the job: from the step `start` on, with `committed` steps at its end."""
+class Start(NamedTuple):
+    """One start of the job, which committed the steps first .. stop - 1."""
 
     number: int
     world: int
-    start: int
-    committed: int
+    first: int
+    stop: int
     tasks_killed: int
     worker_killed: bool
     seconds: float
-
-
-class ChaosError(AssertionError):
-    """What was logged is not the plan."""
 
 
 def main() -> None:
@@ -105,9 +109,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = sample_data(Path(folder), options.seed)
         chaos = Chaos(Path(folder), data, options.steps, options.kills, options.seed)
-        attempts = run_chaos(chaos, report=print)
-        found = check(chaos, attempts)
+        starts = run_chaos(chaos, report=print)
+        found = chaos.check(starts)
     ray.shutdown()
+    if found["workers_killed"] < options.kills:
+        sys.exit(f"only {found['workers_killed']} workers were killed: take more --steps")
     record = {
         "command": f"python -m benchmarks.data_chaos --steps {options.steps} --kills"
         f" {options.kills} --seed {options.seed}",
@@ -116,9 +122,9 @@ def main() -> None:
         "seconds": round(time.monotonic() - begin, 1),
         "seed": options.seed,
         **found,
-        "attempts": [attempt._asdict() for attempt in attempts],
+        "starts": [start._asdict() for start in starts],
     }
-    print(json.dumps({key: value for key, value in record.items() if key != "attempts"}, indent=1))
+    print(json.dumps({key: value for key, value in record.items() if key != "starts"}, indent=1))
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(record, indent=1) + "\n")
@@ -134,26 +140,26 @@ def sample_data(folder: Path, seed: int) -> RunData:
     data = RunData(config, index_sources(config, folder), seed)
     run_data_module.WINDOW_SYMBOLS = WINDOW_SYMBOLS
     run_data_module.WINDOWS_PER_LANE = WINDOWS_PER_LANE
-    assert data.windows  # kept in the object, and so sent to the workers
     return data
 
 
-def run_chaos(chaos: Chaos, report: Callable[[str], Any] = lambda line: None) -> list[Attempt]:
+def run_chaos(chaos: Chaos, report: Callable[[str], Any] = lambda line: None) -> list[Start]:
     """Starts the job until it has done all its steps. Raises what ends it but a kill."""
+    assert chaos.data.windows  # kept in the object, and so sent to the workers
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-    rng, attempts = random.Random(chaos.seed), []
+    rng, starts = random.Random(chaos.seed), []
     while chaos.committed < chaos.steps:
-        number, start, begin = len(attempts), chaos.committed, time.monotonic()
+        number, first, begin = len(starts), chaos.committed, time.monotonic()
         killer = Killer(chaos, number, rng)
-        is_last = sum(attempt.worker_killed for attempt in attempts) >= chaos.kills
+        is_last = sum(start.worker_killed for start in starts) >= chaos.kills
         error = train_once(chaos, number, None if is_last else killer)
         if error and not killer.worker_killed:
             raise error
         kills = (killer.tasks_killed, killer.worker_killed)
         seconds = round(time.monotonic() - begin, 1)
-        attempts.append(Attempt(number, world_of(number), start, chaos.committed, *kills, seconds))
-        report(str(attempts[-1]))
-    return attempts
+        starts.append(Start(number, world_of(number), first, chaos.committed, *kills, seconds))
+        report(str(starts[-1]))
+    return starts
 
 
 def world_of(number: int) -> int:
@@ -162,7 +168,7 @@ def world_of(number: int) -> int:
 
 def train_once(chaos: Chaos, number: int, killer: "Killer | None") -> Exception | None:
     """One start of the job; what ended it early."""
-    chaos.attempt(number).mkdir()
+    chaos.start_folder(number).mkdir()
     trainer = TorchTrainer(
         consume,
         train_loop_config={"chaos": chaos, "number": number, "start": chaos.committed},
@@ -187,9 +193,9 @@ def consume(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     chaos.prepare()
-    commit(chaos.attempt(number) / f"pid-{rank}", os.getpid())
+    commit(chaos.start_folder(number) / f"pid-{rank}", os.getpid())
     slots = stream_slots(chaos.data, start, chaos.steps, rank, world)
-    slots = log_slots(slots, chaos.attempt(number) / f"slots-{rank}.jsonl")
+    slots = log_slots(slots, chaos.start_folder(number) / f"slots-{rank}.jsonl")
     for step, group in groupby(slots, key=lambda slot: slot.step):
         ready = torch.tensor([step, len(list(group))])
         time.sleep(chaos.step_s)
@@ -207,13 +213,13 @@ def commit(path: Path, value: int) -> None:
 
 
 class Killer:
-    """Kills a worker of an attempt at an instant that nothing in it decides; at times a task first.
+    """Kills a worker of one start at an instant that nothing in it decides; at times a task first.
 
     Once ended, `tasks_killed` and `worker_killed` say what it did.
     """
 
     def __init__(self, chaos: Chaos, number: int, rng: random.Random):
-        folder, world = chaos.attempt(number), world_of(number)
+        folder, world = chaos.start_folder(number), world_of(number)
         self._pids = [folder / f"pid-{rank}" for rank in range(world)]
         self._awaited = self._pids
         if rng.random() >= STARTING_KILLS:
@@ -264,110 +270,6 @@ def decode_processes() -> list[int]:
         return pid == os.getpid()
 
     return [pid for pid in parents if "decode_windows" in names[pid] and is_ours(pid)]
-
-
-def check(chaos: Chaos, attempts: list[Attempt]) -> dict[str, int]:
-    """Compares all that was logged with the plan and counts it. Raises ChaosError."""
-    expected = {
-        (slot.step, slot.slot): (slot.source, slot.row_ids.tolist(), slot.sha256)
-        for slot in read_slots(chaos.data, 0, chaos.steps, 0, 1)
-    }
-    check_rows(chaos.data, expected, chaos.steps)
-    seen: set[tuple[int, int]] = set()
-    compared = replayed = 0
-    for attempt in attempts:
-        logged: Counter[tuple[int, int]] = Counter()
-        for entry in logged_entries(chaos.attempt(attempt.number), attempt.world):
-            place = (entry["step"], entry["slot"])
-            if (entry["source"], entry["row_ids"], entry["sha256"]) != expected[place]:
-                raise ChaosError(f"{attempt}: step and slot {place} are not the plan's: {entry}")
-            logged[place] += 1
-        committed = range(attempt.start, attempt.committed)
-        slots = chaos.data.config.slots_per_step
-        wanted = Counter({(step, slot): 1 for step in committed for slot in range(slots)})
-        if Counter({p: n for p, n in logged.items() if p[0] in committed}) != wanted:
-            raise ChaosError(f"{attempt}: a slot is missing or doubled")
-        compared += logged.total()
-        replayed += len(seen & logged.keys())
-        seen |= logged.keys()
-    if len(seen) != len(expected) or attempts[-1].committed != chaos.steps:
-        raise ChaosError(f"{len(seen)} slots of {len(expected)} were logged")
-    return {
-        "steps": chaos.steps,
-        "starts": len(attempts),
-        "workers_killed": sum(attempt.worker_killed for attempt in attempts),
-        "tasks_killed": sum(attempt.tasks_killed for attempt in attempts),
-        "slots_of_plan": len(expected),
-        "slots_compared": compared,
-        "slots_replayed": replayed,
-    }
-
-
-def logged_entries(folder: Path, world: int) -> Iterator[dict[str, Any]]:
-    """Whole lines; the last one of a killed worker may be torn."""
-    for rank in range(world):
-        path = folder / f"slots-{rank}.jsonl"
-        for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else []:
-            yield json.loads(line)
-
-
-def check_rows(data: RunData, slots: Mapping[tuple[int, int], tuple], steps: int) -> None:
-    """Each lane takes exactly the rows of the windows that the plan says, by Parquet's columns."""
-    columns = ParquetColumns(data)
-    taken: dict[tuple, set[int]] = defaultdict(set)
-    served: Counter[tuple] = Counter()
-    for place in data.plan.walk(0, steps, 0, 1):
-        source, row_ids, _ = slots[place.step, place.slot]
-        if source != place.source:
-            raise ChaosError(f"{place}: serves {source}")
-        window = (source, place.epoch, place.window)
-        taken[window] |= set(row_ids)
-        served[window] += 1
-    sizes = {source.name: source.micro_batches_per_window for source in data.plan.sources}
-    for window, found in taken.items():
-        rows = columns.of_window(window[0], window[2])
-        whole = served[window] == sizes[window[0]][window[2]]
-        if found - rows or (whole and found != rows):
-            raise ChaosError(f"{window}: other rows than the shards hold")
-
-
-@dataclass(frozen=True)
-class ParquetColumns:
-    """Row ids from the columns of the shards, read and hashed here."""
-
-    data: RunData
-
-    def of_window(self, source: str, window: int) -> set[int]:
-        ids = self._ids[source]
-        segments = self.data.windows[source][window]
-        rows = (
-            ids[s.shard][s.first_row + row]
-            for s in segments
-            for row in range(s.row_start, s.row_stop)
-        )
-        return {row for row in rows if row is not None}
-
-    @cached_property
-    def _ids(self) -> dict[str, list[list[int | None]]]:
-        return {
-            name: [self._read(shard, manifest.modality) for shard in manifest.shards]
-            for name, manifest in self.data.manifests.items()
-        }
-
-    def _read(self, shard: str, modality: str) -> list[int | None]:
-        table = pq.read_table(shard)
-        texts = [text.encode() for text in table["text"].to_pylist()]
-        if modality in ("text", "code"):
-            return [row_id(text) if text else None for text in texts]
-        contents = [value["bytes"] for value in table[modality].to_pylist()]
-        return [
-            row_id(len(text).to_bytes(8, "little") + text + content)
-            for text, content in zip(texts, contents, strict=True)
-        ]
-
-
-def row_id(content: bytes) -> int:
-    return int(np.frombuffer(blake2b(content, digest_size=8).digest(), "<i8")[0])
 
 
 if __name__ == "__main__":
