@@ -54,9 +54,7 @@ class WindowTask:
         """
         if self.media is None:
             rows, ids, digest = read_segments(self.shards, self.columns, self.segments)
-            window = pack_window(
-                rows, ids, self.batch_size, self.sequence_length, self.shuffle_key
-            )
+            window = pack_window(rows, ids, self.batch_size, self.sequence_length, self.shuffle_key)
             return window, digest
         rows, digest = read_media_segments(self.shards, self.modality, self.columns, self.segments)
         layout = layout_of(self.media)
