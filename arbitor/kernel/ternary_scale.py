@@ -130,8 +130,8 @@ class TernaryWeight(nn.Module):
         return operand_NK
 
     def kernel_operand(self) -> Tensor:
-        """What matmuls take: int8 latents, the uint8 plane of a packed weight, or the bfloat16
-        operand where groups have scales."""
+        """What matmuls and lookups take: int8 latents, the uint8 plane of a packed weight, or the
+        bfloat16 operand where groups have scales."""
         if self.group_size:
             return self.operand()
         return self.plane if self.is_packed else self.latents()
@@ -238,8 +238,7 @@ class _EmbeddingFunction(torch.autograd.Function):
     def forward(ctx, anchor: Tensor, indices_M: Tensor, table: TernaryEmbedding) -> Tensor:
         ctx.table = table
         ctx.save_for_backward(indices_M)
-        operand = table.operand() if table.is_packed else table.kernel_operand()
-        return lookup(indices_M, operand, table.row_scale())
+        return lookup(indices_M, table.kernel_operand(), table.row_scale(), table.num_cols)
 
     @staticmethod
     def backward(ctx, grad_MD: Tensor) -> tuple[None, None, None]:
