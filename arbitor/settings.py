@@ -49,6 +49,18 @@ def parse_value(text: str) -> Any:
         raise UserError(f"{text!r} is not a YAML value ({reason})") from error
 
 
+def set_value(values: dict[str, Any], path: str, value: Any) -> None:
+    """Sets `key.path` of a nested mapping; sections on the way are made."""
+    *sections, key = path.split(".")
+    for name in sections:
+        if values.get(name) is None:
+            values[name] = {}
+        values = values[name]
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: {name} is a value, not a section")
+    values[key] = value
+
+
 def build(cls: type[T], values: Any, path: str = "") -> T:
     """An instance of the dataclass `cls` from nested mappings; `path` is where `values` stands.
 

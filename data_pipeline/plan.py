@@ -311,3 +311,10 @@ class SourceLanes:
             order = keyed_permutation(len(self._sizes), *self._key, "windows", epoch)
             self._orders[epoch] = (order, np.cumsum(self._sizes[order]) - self._sizes[order])
         return self._orders[epoch]
+
+
+if __name__ == "__main__":
+    from data_pipeline.command import end_with
+    from data_pipeline.plan_report import plan_command
+
+    end_with(plan_command)

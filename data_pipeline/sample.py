@@ -43,14 +43,24 @@ def ensure_sample(modality: str, folder: Path) -> Path:
     return complete
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Write small shards of all five modalities.")
+def sample_command(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_pipeline.sample",
+        description="Writes small shards of all five modalities; those that are there stay.",
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
-    out = parser.parse_args().out
+    out = parser.parse_args(words).out
     for modality in MODALITIES:
-        for shard in sorted(ensure_sample(modality, out).iterdir()):
+        try:
+            shards = sorted(ensure_sample(modality, out).iterdir())
+        except OSError as error:
+            raise UserError(
+                f"--out {out}: cannot be written to ({error.strerror}); name a folder"
+            ) from error
+        for shard in shards:
             rows = pq.read_metadata(shard).num_rows
-            print(f"{shard}: {rows} rows, {shard.stat().st_size / 1e6:.1f} MB")
+            print(f"{shard}: {rows:,} rows, {shard.stat().st_size / 1e6:.1f} MB", flush=True)
+    return 0
 
 
 def _publish(partial: Path, complete: Path) -> None:
@@ -71,4 +81,6 @@ def _write_shards(table: pa.Table, folder: Path, rows_per_group: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from data_pipeline.command import end_with  # which needs the index, and that this module
+
+    end_with(sample_command)

@@ -12,7 +12,7 @@ from arbitor.kernel.latent_update.slots import MAX_SLOTS
 from arbitor.main import ModelConfig
 from arbitor.modality import BYTE_MODALITIES, MODALITIES
 from arbitor.optimizer import UpdateConfig
-from arbitor.settings import build, parse_value, read_yaml
+from arbitor.settings import build, parse_value, read_yaml, set_value
 from data_pipeline.schema import DataConfig
 
 
@@ -149,7 +149,7 @@ def load_run_config(
     for word in options.words:
         if "=" in word:
             path, text = word.split("=", 1)
-            _set(values, path, parse_value(text))
+            set_value(values, path, parse_value(text))
     for flag, value in vars(options).items():
         if value is not None and flag != "words":
             _apply_flag(values, "--" + flag.replace("_", "-"), value)
@@ -181,28 +181,17 @@ def _parser(job: str, about: str) -> argparse.ArgumentParser:
 def _apply_flag(values: dict[str, Any], flag: str, value: Any) -> None:
     if flag in _SWITCHES:
         for path, setting in _SWITCHES[flag][0].items():
-            _set(values, path, setting)
+            set_value(values, path, setting)
     elif flag in _FLAGS:
-        _set(values, _FLAGS[flag][0], value if flag == "--run" else parse_value(value))
+        set_value(values, _FLAGS[flag][0], value if flag == "--run" else parse_value(value))
     else:
         modality, key = flag.removeprefix("--").split("-")
         path = f"data.sources.{modality}"
-        _set(values, f"{path}.modality", modality)
+        set_value(values, f"{path}.modality", modality)
         if key == "data":
-            _set(values, f"{path}.path", value)
+            set_value(values, f"{path}.path", value)
         else:
-            _set(values, f"{path}.weight", parse_value(value))
-
-
-def _set(values: dict[str, Any], path: str, value: Any) -> None:
-    *sections, key = path.split(".")
-    for section in sections:
-        if values.get(section) is None:
-            values[section] = {}
-        values = values[section]
-        if not isinstance(values, dict):
-            raise UserError(f"{path}: {section} is a value, not a section")
-    values[key] = value
+            set_value(values, f"{path}.weight", parse_value(value))
 
 
 def _copy(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -68,6 +68,12 @@ def decode_audio_codes(content: bytes, config: AudioConfig) -> np.ndarray:
     return encode(decode_audio(content, config))
 
 
+def audio_seconds(content: bytes) -> float:
+    """The length that the header claims, of content that `decode_audio` takes."""
+    with soundfile.SoundFile(io.BytesIO(content)) as file:
+        return file.frames / file.samplerate
+
+
 def _check_header(file: soundfile.SoundFile) -> None:
     if file.format not in FORMATS:
         raise ContentError(f"{file.format} is not one of {', '.join(FORMATS)}")

@@ -89,6 +89,11 @@ def decode_image(content: bytes, config: ImageConfig) -> np.ndarray:
         return np.array(square)
 
 
+def image_size(content: bytes) -> tuple[int, int]:
+    """(width, height) as stored, of content that `decode_image` takes."""
+    return _open(content).size
+
+
 def to_patches(pixels: np.ndarray, patch: int) -> np.ndarray:
     """uint8 [..., size, size, 3] -> [..., P, patch * patch * 3], row by row from the top left."""
     *lead, size, _, channels = pixels.shape

@@ -80,6 +80,12 @@ def decode_video(content: bytes, config: VideoConfig) -> np.ndarray:
         return np.stack(pixels)
 
 
+def video_seconds(content: bytes) -> float:
+    """The length that the header claims, 0 where it has none, of what `decode_video` takes."""
+    with av.open(io.BytesIO(content), options=OPTIONS, metadata_errors="replace") as container:
+        return _seconds_claimed(container, _stream(container))
+
+
 def _stream(container: av.container.InputContainer) -> av.VideoStream:
     if not container.streams.video:
         raise ContentError("no video in it")

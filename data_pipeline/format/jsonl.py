@@ -41,10 +41,21 @@ class JsonlShard:
                 start = file.tell()
 
     def read(self, group: Group) -> list[bytes]:
-        lines = read_range(self._place, group).split(b"\n")
-        return cut_long(
-            [self._text(group, i, line) for i, line in enumerate(lines) if line.strip()]
-        )
+        rows = []
+        for number, line in self._lines(group):
+            try:
+                rows.append(self._text(line))
+            except ContentError as error:
+                before = read_range(self._place, Group(0, group.location)).count(b"\n")
+                raise UserError(f"{self._place}:{before + number + 1}: {error}") from error
+        return cut_long(rows)
+
+    def rows(self, group: Group) -> Iterator[bytes | ContentError]:
+        for _, line in self._lines(group):
+            try:
+                yield self._text(line)
+            except ContentError as error:
+                yield error
 
     def media_groups(self) -> Iterator[MediaGroup]:
         for group in self.groups():
@@ -57,26 +68,24 @@ class JsonlShard:
         lines = [line for line in data.split(b"\n") if line.strip()]
         return [self._media_row(line) for line in lines[start:stop]], _digest(data)
 
-    def _text(self, group: Group, line_in_group: int, line: bytes) -> bytes:
+    def _lines(self, group: Group) -> Iterator[tuple[int, bytes]]:
+        """(number in the group, line) of those that are rows."""
+        lines = read_range(self._place, group).split(b"\n")
+        return ((i, line) for i, line in enumerate(lines) if line.strip())
+
+    def _text(self, line: bytes) -> bytes:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            problem = f"not valid JSON ({first_line(error)})"
-            raise self._error(group, line_in_group, problem) from error
+            raise ContentError(f"not valid JSON ({first_line(error)})") from error
         name = self._columns.text
         if not isinstance(row, dict) or name not in row:
             found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-            problem = f"no key {name!r}, found {found}; set text_column"
-            raise self._error(group, line_in_group, problem)
+            raise ContentError(f"no key {name!r}, found {found}; set text_column")
         text = row[name]
         if not isinstance(text, str | None):
-            problem = f"{name!r} is {type(text).__name__}, expected a string"
-            raise self._error(group, line_in_group, problem)
+            raise ContentError(f"{name!r} is {type(text).__name__}, expected a string")
         return _encoded(text)
-
-    def _error(self, group: Group, line_in_group: int, problem: str) -> UserError:
-        before = read_range(self._place, Group(0, group.location)).count(b"\n")
-        return UserError(f"{self._place}:{before + line_in_group + 1}: {problem}")
 
     def _media_row(self, line: bytes) -> MediaRow:
         try:

@@ -42,12 +42,15 @@ class ParquetShard:
         return (Group(number, 0) for number in range(self._file.num_row_groups))
 
     def read(self, group: Group) -> list[bytes]:
+        return cut_long(self.rows(group))
+
+    def rows(self, group: Group) -> list[bytes]:
         with _content_errors(f"{self._place}: row group {group.location} is corrupt"):
             table = self._file.read_row_group(
                 group.location, [self._columns.text], use_threads=False
             )
         column = table.column(0).cast(pa.large_binary())
-        return cut_long(pc.fill_null(column, b"").to_pylist())
+        return pc.fill_null(column, b"").to_pylist()
 
     def media_groups(self) -> Iterator[MediaGroup]:
         self._check_content()

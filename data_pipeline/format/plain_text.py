@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from data_pipeline.decode.content import ContentError
 from data_pipeline.files import open_file
 from data_pipeline.format.jsonl import read_range
 from data_pipeline.format.shard import Group
@@ -33,6 +34,10 @@ class PlainTextShard:
         data = read_range(self._place, group)
         ends = self._row_ends(data)
         return [data[i:j] for i, j in zip([0, *ends], ends, strict=False)]
+
+    def rows(self, group: Group) -> list[bytes | ContentError]:
+        binary = ContentError("holds zero bytes: not text")
+        return [binary if b"\0" in row else row for row in self.read(group)]
 
     def _row_ends(self, data: bytes) -> list[int]:
         ends = [0]

@@ -5,7 +5,7 @@ range of the others. Rows of text and code are bytes; rows of images, sound and 
 `MediaRow`, their content still encoded.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from data_pipeline.decode.content import ContentError
@@ -51,6 +51,10 @@ class TextShard(Protocol):
     def groups(self) -> Iterator[Group]: ...
 
     def read(self, group: Group) -> list[bytes]: ...
+
+    def rows(self, group: Group) -> Iterable[bytes | ContentError]:
+        """As `read`, but a row that cannot be read is its reason, and none is cut."""
+        ...
 
 
 class MediaShard(Protocol):

@@ -41,13 +41,18 @@ class WebDatasetShard:
 
     def read(self, group: Group) -> list[bytes]:
         rows = []
+        for row in self.rows(group):
+            if isinstance(row, ContentError):
+                raise UserError(f"{self._place}: {row}; mend it") from row
+            rows.append(row)
+        return cut_long(rows)
+
+    def rows(self, group: Group) -> Iterator[bytes | ContentError]:
         for members in self._samples(group):
             try:
-                rows.append(self._text({ending: data for _, ending, data in members}))
+                yield self._text({ending: data for _, ending, data in members})
             except ContentError as error:
-                name = members[0][0]
-                raise UserError(f"{self._place}: {name}: {error}; mend it") from error
-        return cut_long(rows)
+                yield ContentError(f"{members[0][0]}: {error}")
 
     def media_groups(self) -> Iterator[MediaGroup]:
         """Reads the headers alone, seeking from one to the next."""

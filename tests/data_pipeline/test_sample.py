@@ -1,7 +1,6 @@
 """The sample shards: the same bytes every time, small, real and ready to be indexed."""
 
 import json
-import sys
 import time
 
 import pyarrow as pa
@@ -68,9 +67,8 @@ def test_a_complete_folder_is_reused_and_a_partial_one_is_never_seen(folder, tmp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_prints_what_it_wrote(folder, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["sample", "--out", str(folder)])
-    sample.main()
+def test_the_command_prints_what_it_wrote(folder, capsys):
+    assert sample.sample_command(["--out", str(folder)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 15 and all("rows" in line for line in lines)
 
