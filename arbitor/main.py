@@ -1,9 +1,12 @@
-"""ARBModel: encoder of the slot's modality -> trunk -> head; reads like the figure.
+"""ARBModel: encoder -> VQ bridge -> trunk -> MoEGraph loop -> head; reads like the figure.
 
-Shape letters: B sequences, T positions, D width, F feed-forward width, X = 2F, V symbols.
+`python -m arbitor.main CONFIG` prints a configuration's model, part by part.
+Shape letters: B sequences, T positions, D width, F feed-forward width, X = 2F, V symbols, C code
+width.
 """
 
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +17,27 @@ from arbitor.attention.mla import MultiHeadLatentAttention
 from arbitor.batch import SlotBatch
 from arbitor.encoder.text import WINDOW, TextEncoder
 from arbitor.errors import UserError
+from arbitor.graph import MessageReader, MoEGraph
 from arbitor.head.byte import ByteHead
 from arbitor.kernel.matmul.quantize import ACTIVATIONS
 from arbitor.kernel.state_format import StateFormat
 from arbitor.kernel.ternary_scale import TernaryLinear, TernaryWeight
+from arbitor.loop import Loop
 from arbitor.loss import symbol_loss
+from arbitor.model_table import model_table
+from arbitor.moe import MixtureOfExperts
+from arbitor.settings import build, read_yaml, section
+from arbitor.step_counts import StepCounts
+from arbitor.vq import CODE_WIDTH, MAX_CODES, VQBridge
+
+# The dial of the sizes, (width, num_layers); the weights are those with attention and all parts.
+SIZES = {
+    "smoke": (128, 2),
+    "30m": (512, 9),
+    "150m": (1024, 12),
+    "1b": (2048, 20),
+    "3b": (3072, 27),
+}
 
 
 @dataclass(frozen=True)
@@ -31,7 +50,9 @@ class ModelConfig:
     enable_vq: bool = False
     enable_graph: bool = False
     enable_moe: bool = False
+    enable_act: bool = False  # rounds of the loop per position instead of two
     enable_output_router: bool = False
+    codebook_size: int = 4096
     head_width: int = 64
     rotary_width: int = 32
     attention_window: int = 0  # exact positions that one sees; 0 = all: dense attention
@@ -51,19 +72,36 @@ class ModelConfig:
         """The widest multiple of 64 up to 8/3 of the width, as in SwiGLU models."""
         return max(64, 8 * self.width // 3 // 64 * 64)
 
+    @property
+    def has_loop(self) -> bool:
+        return self.enable_graph or self.enable_moe
+
+    @property
+    def output_gain(self) -> float:
+        """Of what is added to the stream: two branches a layer keep its variance."""
+        return (2 * self.num_layers) ** -0.5
+
     def validate(self) -> None:
-        parts = {
-            "vq": "VQ bridge",
-            "graph": "MoEGraph",
-            "moe": "MoE",
-            "output_router": "OutputRouter",
-        }
-        missing = [part for key, part in parts.items() if getattr(self, f"enable_{key}")]
-        if missing:
-            raise UserError(f"model: not built yet: {', '.join(missing)}; leave them disabled")
-        for name in ("width", "num_layers", "head_width", "rotary_width"):
+        if self.enable_output_router:
+            raise UserError("model: not built yet: OutputRouter; leave it disabled")
+        for name in ("width", "num_layers", "head_width", "rotary_width", "codebook_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name}: expected at least 1, got {getattr(self, name)}")
+        if self.enable_graph and not self.enable_vq:
+            raise UserError(
+                "model.enable_graph: its nodes are codes of the VQ bridge; set model.enable_vq"
+                " too, or give --no-graph"
+            )
+        if self.enable_act and not self.has_loop:
+            raise UserError(
+                "model.enable_act: it halts the loop over graph and experts; set model.enable_moe"
+                " or model.enable_graph too"
+            )
+        if self.codebook_size > MAX_CODES:
+            raise UserError(
+                f"model.codebook_size: the search is exact and takes at most {MAX_CODES} codes,"
+                f" got {self.codebook_size}"
+            )
         if self.rotary_width % 2 or self.rotary_width >= self.head_width:
             raise UserError(
                 f"model.rotary_width: expected an even number below head_width"
@@ -92,29 +130,58 @@ class ARBModel(nn.Module):
         format.check_activation(config.activation)
         self.config = config
         self.text_encoder = TextEncoder(config.width, config.activation)
+        self.vq_bridge = _vq_bridge(config) if config.enable_vq else None
         self.trunk = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.graph = MoEGraph(config.codebook_size, CODE_WIDTH) if config.enable_graph else None
+        self.loop = _loop(config) if config.has_loop else None
         self.byte_head = ByteHead(config.width, config.activation)
         for name, weight in self.ternary_weights():
             weight.initialize(seed, name, format)
 
     def forward(self, batch: SlotBatch) -> Tensor:
-        """Loss of one slot in nats per symbol, float32 scalar."""
-        return symbol_loss(self.logits(batch.symbols_BT), batch.targets_BT)
+        """Loss of one slot in nats per symbol, float32 scalar.
+
+        Auxiliary losses of the parts give their gradients and leave its value alone.
+        """
+        logits_BTV, auxiliary = self._run(batch.symbols_BT)
+        loss = symbol_loss(logits_BTV, batch.targets_BT)
+        for part_loss in auxiliary:
+            loss = loss + (part_loss - part_loss.detach())
+        return loss
 
     def logits(self, symbols_BT: Tensor, ledger: KvLedger | None = None) -> Tensor:
         """int64 [B, T] -> bfloat16 [B, T, V]: what comes after each symbol.
 
         With a ledger the symbols go on where it ends, and it is moved on; it has reserved room.
         """
+        return self._run(symbols_BT, ledger)[0]
+
+    def _run(
+        self, symbols_BT: Tensor, ledger: KvLedger | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Logits, and the auxiliary losses of the parts that have one."""
         before, step, caches = None, None, [None] * len(self.trunk)
         if ledger is not None:
             before, step, caches = ledger.embedded, ledger.step(symbols_BT.shape[1]), ledger.layers
+        auxiliary, message_BTC = [], None
         hidden_BTD = self.text_encoder(symbols_BT, before)
+        if self.vq_bridge is not None:
+            hidden_BTD, codes_BT, vq_loss = self.vq_bridge(hidden_BTD)
+            auxiliary.append(vq_loss)
         for block, cache in zip(self.trunk, caches, strict=True):
             hidden_BTD = block(hidden_BTD, cache, step)
+        if self.graph is not None:
+            message_BTC = self.graph(codes_BT)
+        if self.loop is not None:
+            hidden_BTD, ponder_cost = self.loop(hidden_BTD, message_BTC)
+            auxiliary += [] if ponder_cost is None else [ponder_cost]
         if ledger is not None:
             ledger.position += symbols_BT.shape[1]
-        return self.byte_head(hidden_BTD)
+        return self.byte_head(hidden_BTD), auxiliary
+
+    def step_counts(self) -> list[tuple[str, StepCounts]]:
+        """The modules whose integer state moves once a step, with their qualified names."""
+        return [(n, m) for n, m in self.named_modules() if isinstance(m, StepCounts)]
 
     def ledger(self, batch_size: int, dtype: torch.dtype = torch.bfloat16) -> KvLedger:
         """A ledger before the first symbol; dtype is that of the stream."""
@@ -147,12 +214,8 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        # Two residual branches a layer: their sum keeps the variance of the stream.
-        output_gain = (2 * config.num_layers) ** -0.5
-        self.attention = (
-            _context_attention(config, output_gain) if config.enable_attention else None
-        )
-        self.feed_forward = FeedForward(config, output_gain)
+        self.attention = _context_attention(config) if config.enable_attention else None
+        self.feed_forward = FeedForward(config)
 
     def forward(
         self, hidden_BTD: Tensor, cache: LayerCache | None = None, step: CacheStep | None = None
@@ -165,18 +228,20 @@ class Block(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU (Shazeer 2020), D -> 2F -> F -> D, added to its input."""
 
-    def __init__(self, config: ModelConfig, output_gain: float):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         width, inner = config.width, config.feed_forward_width
         self.gate_and_up = TernaryLinear(width, 2 * inner, config.activation)
-        self.down = TernaryLinear(inner, width, config.activation, gain=output_gain, gated=True)
+        self.down = TernaryLinear(
+            inner, width, config.activation, gain=config.output_gain, gated=True
+        )
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
         gate_and_up_BTX, hidden_BTD = self.gate_and_up.fork(hidden_BTD)
         return hidden_BTD + self.down(gate_and_up_BTX)
 
 
-def _context_attention(config: ModelConfig, output_gain: float) -> ContextAttention:
+def _context_attention(config: ModelConfig) -> ContextAttention:
     mla = MultiHeadLatentAttention(
         config.width,
         config.num_heads,
@@ -184,6 +249,55 @@ def _context_attention(config: ModelConfig, output_gain: float) -> ContextAttent
         config.rotary_width,
         config.latent_rank,
         config.activation,
-        output_gain,
+        config.output_gain,
     )
     return ContextAttention(mla, config.attention_window, config.hca_stride)
+
+
+class LoopBlock(nn.Module):
+    """What one round of the loop adds: what the position reads of its message, then experts."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        shape = (config.activation, config.output_gain)
+        code_width = CODE_WIDTH if config.enable_graph else 0
+        self.read = MessageReader(config.width, code_width, *shape) if code_width else None
+        self.experts = (
+            MixtureOfExperts(config.width, code_width, *shape) if config.enable_moe else None
+        )
+
+    def forward(self, hidden_BTD: Tensor, message_BTC: Tensor | None) -> Tensor:
+        added_BTD = 0
+        if self.read is not None:
+            added_BTD = self.read(hidden_BTD, message_BTC)
+        if self.experts is not None:
+            added_BTD = added_BTD + self.experts(hidden_BTD + added_BTD, message_BTC)
+        return added_BTD
+
+
+def _vq_bridge(config: ModelConfig) -> VQBridge:
+    return VQBridge(config.width, config.codebook_size, config.activation, config.output_gain)
+
+
+def _loop(config: ModelConfig) -> Loop:
+    return Loop(LoopBlock(config), config.width, config.activation, config.enable_act)
+
+
+def main(arguments: list[str]) -> str:
+    """The table of a configuration's model; nothing is computed."""
+    if len(arguments) != 1:
+        raise UserError("expected one CONFIG file: python -m arbitor.main CONFIG")
+    values = read_yaml(arguments[0])
+    config = build(ModelConfig, section(values, "model"), "model")
+    update = section(values, "update")
+    format_keys = {field.name for field in fields(StateFormat)} & update.keys()
+    format = build(StateFormat, {key: update[key] for key in format_keys}, "update")
+    with torch.device("meta"):  # shapes alone
+        return model_table(ARBModel(config, 0, format), config)
+
+
+if __name__ == "__main__":
+    try:
+        print(main(sys.argv[1:]))
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -6,7 +6,7 @@ number of workers and restarts cannot change it. After the sum there is no float
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from arbitor.cuda_graph import Recording, can_record
 from arbitor.kernel.latent_update.fixed_point import (
     STREAM_SLOT,
+    STREAM_UPDATE,
     signed_word,
     stream_key,
     tensor_id,
@@ -36,6 +37,7 @@ class UpdateReport:
     zero_fraction: float  # share of the weights that are 0
     saturated_fraction: float  # share of the latents at their largest magnitude
     clipped_fraction: float  # share of the gradient entries beyond the integer range
+    parts: dict[str, float] = field(default_factory=dict)  # figures of the model's parts
 
 
 class NonFiniteError(RuntimeError):
@@ -65,6 +67,7 @@ class TernaryOptimizer:
         if config.rule == "latent":
             self.rule = LatentRule(config, total_steps, slots_per_step, seed)
         self.weights = model.ternary_weights()
+        self.counters = model.step_counts()
         formats = {weight.format.state_format() for _, weight in self.weights}
         assert formats == {config.state_format()}, "the model was made with other state options"
         self.device = self.weights[0][1].log2_scale.device
@@ -75,7 +78,7 @@ class TernaryOptimizer:
         self._words = self._zeros(len(self.weights), self.rule.num_words, dtype=torch.int32)
         self._num_slots = self._zeros(len(self.weights), 1, dtype=torch.int32)  # of all workers
         self._conversion = self._zeros(2)  # non-finite and clipped entries
-        self._counters = self._zeros(3)  # flips, zeros, saturated
+        self._update_counts = self._zeros(3)  # flips, zeros, saturated
         self._launched_updates: set[tuple[str, ...]] = set()
         self._recorded_updates: dict[tuple[str, ...], Recording] = {}
         self._start_step()
@@ -86,12 +89,13 @@ class TernaryOptimizer:
         self._contributions = dict.fromkeys(self._updates, 0)
         self._losses: dict[int, Tensor] = {}
         self._conversion.zero_()
-        self._counters.zero_()
+        self._update_counts.zero_()
+        self._slot_counts: dict[int, list[Tensor]] = {}  # by slot, as `take_counts` gave them
 
     def add_slot(self, step: int, slot: int, loss: Tensor) -> None:
         """Takes the gradients that the backward pass of one slot left on the weights."""
         self.begin_slot(step, slot)
-        self.count_slot(slot, loss, self.convert_gradients(slot))
+        self.count_slot(slot, loss, self.convert_gradients(slot), self.take_counts())
 
     def begin_slot(self, step: int, slot: int) -> None:
         """Sets the streams of the slot's stochastic rounding."""
@@ -113,9 +117,14 @@ class TernaryOptimizer:
                 self._first_gradients.setdefault(name, []).append((slot, gradient))
         return names
 
-    def count_slot(self, slot: int, loss: Tensor, names: list[str]) -> None:
-        """Notes the loss of a slot, and which weights got a gradient from it."""
+    def take_counts(self) -> list[Tensor]:
+        """What the slot that has just run made each of the counting modules count."""
+        return [module.take_counts() for _, module in self.counters]
+
+    def count_slot(self, slot: int, loss: Tensor, names: list[str], counts: list[Tensor]) -> None:
+        """Notes the loss of a slot, which weights got a gradient from it, and what it counted."""
         self._losses[slot] = loss.detach().float()
+        self._slot_counts[slot] = counts
         for name in names:
             self._contributions[name] += 1
 
@@ -134,11 +143,12 @@ class TernaryOptimizer:
         if non_finite:
             raise NonFiniteError(f"step {step}: {non_finite} gradient entries are not finite")
         self._update(dict(active))
+        parts = self._apply_counts(step)
         weights = max(1, sum(weight.num_weights for _, weight in active))
-        shares = [count / weights for count in self._counters.tolist()]
+        shares = [count / weights for count in self._update_counts.tolist()]
         converted = max(1, sum(self._contributions[n] * w.num_weights for n, w in active))
         self._start_step()
-        return UpdateReport(losses, *shares, clipped_fraction=clipped / converted)
+        return UpdateReport(losses, *shares, clipped_fraction=clipped / converted, parts=parts)
 
     def _gather(self, step: int) -> list[float]:
         """The losses of all slots; makes the contributions those of all workers.
@@ -218,6 +228,24 @@ class TernaryOptimizer:
             self._recorded_updates[names] = Recording(lambda: self._launch_updates(active))
         self._recorded_updates[names].replay()
 
+    def _apply_counts(self, step: int) -> dict[str, float]:
+        """Gathers what all slots counted and moves the integer state of the parts by it.
+
+        A slot's numbers come from one worker, the others add 0. What was counted before the weights
+        moved is applied after it.
+        """
+        figures: dict[str, float] = {}
+        for i, (name, module) in enumerate(self.counters):
+            by_slot = {slot: counts[i] for slot, counts in self._slot_counts.items()}
+            length = next(iter(by_slot.values())).numel()
+            counts_SL = self._zeros(self.slots_per_step, length)
+            for slot, counts_L in by_slot.items():
+                counts_SL[slot] = counts_L
+            self._reduce(counts_SL)
+            key = stream_key(self.seed, step, tensor_id(name), STREAM_UPDATE)
+            figures |= module.apply(counts_SL, key)
+        return figures
+
     def _set_words(self, step: int) -> None:
         """Rates, key and number of each weight's next update, for the device to read."""
         words = [
@@ -230,7 +258,7 @@ class TernaryOptimizer:
         for name, weight in active.items():
             total, place = self._sums[name], self._place[name]
             words, num_slots = self._words[place], self._num_slots[place]
-            self.rule.update(weight, total, words, num_slots, self._counters)
+            self.rule.update(weight, total, words, num_slots, self._update_counts)
             total.zero_()
 
     def _zeros(self, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:

@@ -70,29 +70,31 @@ class SlotRunner:
     def __call__(self, step: int, batch: SlotBatch) -> None:
         self.optimizer.begin_slot(step, batch.slot)
         if self._is_recordable(batch):
-            loss = self._replay(batch)
+            loss, counts = self._replay(batch)
         else:
-            loss, self._touched[batch.signature] = self._launch(batch)
-        self.optimizer.count_slot(batch.slot, loss, self._touched[batch.signature])
+            loss, self._touched[batch.signature], counts = self._launch(batch)
+        self.optimizer.count_slot(batch.slot, loss, self._touched[batch.signature], counts)
 
-    def _launch(self, batch: SlotBatch) -> tuple[Tensor, list[str]]:
+    def _launch(self, batch: SlotBatch) -> tuple[Tensor, list[str], list[Tensor]]:
         loss = self.model(batch)
         loss.backward()
-        return loss.detach(), self.optimizer.convert_gradients(batch.slot)
+        names = self.optimizer.convert_gradients(batch.slot)
+        return loss.detach(), names, self.optimizer.take_counts()
 
     def _is_recordable(self, batch: SlotBatch) -> bool:
         names = self._touched.get(batch.signature)
         calibrated = names is not None and self.optimizer.is_calibrated(names)
         return calibrated and can_record(batch.symbols_BT.device)
 
-    def _replay(self, batch: SlotBatch) -> Tensor:
+    def _replay(self, batch: SlotBatch) -> tuple[Tensor, list[Tensor]]:
         if batch.signature not in self._recorded:
             fixed = batch.copy()
             self._recorded[batch.signature] = fixed, Recording(lambda: self._launch(fixed))
         fixed, recording = self._recorded[batch.signature]
         fixed.copy_from(batch)
         recording.replay()
-        return recording.result[0].clone()
+        loss, _, counts = recording.result  # the next replay overwrites them
+        return loss.clone(), [count.clone() for count in counts]
 
 
 @torch.no_grad()

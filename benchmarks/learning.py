@@ -20,6 +20,7 @@ from arbitor.batch import SlotBatch
 from arbitor.kernel.backend import set_backend
 from arbitor.main import ARBModel, ModelConfig
 from arbitor.optimizer import TernaryOptimizer, UpdateConfig
+from arbitor.settings import build, parse_value
 from arbitor.trainer import SlotRunner, evaluate, train_step
 from benchmarks.float_baseline import RULES, FloatTrainer
 from benchmarks.timing import environment
@@ -70,6 +71,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--attention", action="store_true")
     parser.add_argument("--activation", default="fp8")
+    parser.add_argument(
+        "--model", nargs="+", default=[], metavar="KEY=VALUE", help="more of the section model"
+    )
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--slots", type=int, default=4, help="slots a step")
     parser.add_argument("--sequences", type=int, default=4, help="sequences a slot")
@@ -85,12 +89,14 @@ def parse() -> argparse.Namespace:
 
 
 def model_config(options: argparse.Namespace) -> ModelConfig:
-    return ModelConfig(
-        width=options.width,
-        num_layers=options.layers,
-        enable_attention=options.attention,
-        activation=options.activation,
-    )
+    values = {
+        "width": options.width,
+        "num_layers": options.layers,
+        "enable_attention": options.attention,
+        "activation": options.activation,
+    }
+    more = (setting.split("=", 1) for setting in options.model)
+    return build(ModelConfig, values | {key: parse_value(text) for key, text in more}, "model")
 
 
 def split(options: argparse.Namespace) -> tuple[np.ndarray, list[SlotBatch]]:
@@ -175,6 +181,7 @@ def train_ternary(rule, rate, seed, options, slots) -> tuple[ARBModel, list[dict
                     "flip_rate": round(report.flip_rate, 6),
                     "zero_fraction": round(report.zero_fraction, 4),
                     "saturated_fraction": round(report.saturated_fraction, 6),
+                    **{name: round(value, 4) for name, value in report.parts.items()},
                 }
             )
     return model, curve

@@ -118,6 +118,10 @@ _FLAGS = {
     "--seed": ("seed", "seed of data order and weights"),
 }
 _SWITCHES = {
+    "--full-text-stack": (
+        {f"model.enable_{part}": True for part in ("vq", "graph", "moe", "attention")},
+        "with VQ bridge, MoEGraph, experts and attention, but for what --no-... leaves out",
+    ),
     "--profile": ({"profile": True}, "write where the time of one step goes to profile.txt"),
     "--no-save": ({"save": False}, "write no checkpoint"),
     "--no-vq": ({"model.enable_vq": False}, "without the VQ bridge"),
@@ -125,10 +129,6 @@ _SWITCHES = {
     "--no-moe": ({"model.enable_moe": False}, "without experts"),
     "--no-attention": ({"model.enable_attention": False}, "without attention"),
     "--enable-output-router": ({"model.enable_output_router": True}, "with the output router"),
-    "--full-text-stack": (
-        {f"model.enable_{part}": True for part in ("vq", "graph", "moe", "attention")},
-        "with VQ bridge, MoEGraph, experts and attention",
-    ),
 }
 
 

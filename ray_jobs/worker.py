@@ -224,6 +224,7 @@ class Recorder:
             "ternary/zero_fraction": report.update.zero_fraction,
             "ternary/saturated_fraction": report.update.saturated_fraction,
             "ternary/clipped_fraction": report.update.clipped_fraction,
+            **report.update.parts,
         }
 
     def data_metrics(self) -> dict[str, float]:

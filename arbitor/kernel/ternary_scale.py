@@ -25,7 +25,7 @@ from arbitor.kernel.latent_update.group_exponents import (
     scale_of_largest_group,
     spread_over_groups,
 )
-from arbitor.kernel.latent_update.packed import stored_state, unpack_latent
+from arbitor.kernel.latent_update.packed import pack_latent, stored_state, unpack_latent
 from arbitor.kernel.latent_update.state import (
     TernaryState,
     blank_state,
@@ -108,6 +108,21 @@ class TernaryWeight(nn.Module):
         if self.format.latent_bits == 6:
             return unpack_latent(self.latent, self.num_cols)
         return self.latent
+
+    def copy_rows(self, source: Tensor, target: Tensor, noise: Tensor) -> None:
+        """Makes rows `target` copies of rows `source` but for their latents, moved by `noise`.
+
+        Row numbers are int64 [I], noise int32 [I, K] in latent units. Rule `latent` alone.
+        """
+        latent_IK = self.latents()[source].int() + noise
+        limit, shift = self.format.largest_latent, self.format.latent_shift
+        latent_IK = (latent_IK >> shift << shift).clamp_(-limit, limit).to(torch.int8)
+        of_columns = ("col_moment", "tensor_moment", "num_updates")
+        for name, state in self.named_buffers():
+            if name not in of_columns:
+                state[target] = state[source]
+        is_packed = self.format.latent_bits == 6
+        self.latent[target] = pack_latent(latent_IK) if is_packed else latent_IK
 
     def trits(self) -> Tensor:
         """int8 [N, K] of -1, 0, 1."""

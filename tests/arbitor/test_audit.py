@@ -12,19 +12,30 @@ from arbitor.optimizer import UpdateConfig
 
 CONFIG = """
 steps: 3
-model: {width: 64, num_layers: 1, head_width: 32, rotary_width: 16, enable_attention: true,
-        attention_window: 4, hca_stride: 2}
+model:
+  width: 64
+  num_layers: 1
+  head_width: 32
+  rotary_width: 16
+  enable_attention: true
+  attention_window: 4
+  hca_stride: 2
+  enable_vq: true
+  enable_graph: true
+  enable_moe: true
+  enable_act: true
 """
 
 
+PARTS = ("attention", "vq", "graph", "moe", "act")
 MODEL = ModelConfig(
     width=64,
     num_layers=1,
     head_width=32,
     rotary_width=16,
-    enable_attention=True,
     attention_window=4,
     hca_stride=2,
+    **{f"enable_{part}": True for part in PARTS},
 )
 
 

@@ -1,14 +1,19 @@
 """ARBModel: no leaks, gradients against a float model, what is built."""
 
+import re
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from arbitor.audit import one_step
 from arbitor.batch import NO_TARGET, SlotBatch
 from arbitor.errors import UserError
 from arbitor.kernel.ternary_scale import TernaryEmbedding, TernaryLinear
-from arbitor.main import ARBModel, ModelConfig
+from arbitor.main import SIZES, ARBModel, ModelConfig, main
+from arbitor.optimizer import UpdateConfig
 from arbitor.settings import build
 from arbitor.vocab import PADDING
 
@@ -18,9 +23,16 @@ ATTENTION = ModelConfig(
 )
 
 
-@pytest.mark.parametrize("config", [TINY, ATTENTION])
-def test_changing_a_position_changes_nothing_before_it_nor_in_other_rows(config):
+FULL = replace(ATTENTION, enable_vq=True, enable_graph=True, enable_moe=True, codebook_size=64)
+HALTING = replace(FULL, enable_act=True)
+
+
+@pytest.mark.parametrize("config", [TINY, ATTENTION, FULL, HALTING])
+@pytest.mark.parametrize("trained", [False, True])
+def test_changing_a_position_changes_nothing_before_it_nor_in_other_rows(config, trained):
     model = ARBModel(config, seed=1)
+    if trained:
+        one_step(model, UpdateConfig())  # the graph has edges
     symbols = torch.randint(0, 256, (3, 40), generator=torch.Generator().manual_seed(0))
     changed = symbols.clone()
     changed[1, 25] = (changed[1, 25] + 1) % 256
@@ -95,7 +107,7 @@ def test_padding_is_never_a_target():
 
 
 def test_the_seed_and_the_name_decide_a_weights_start():
-    one, two, other = ARBModel(TINY, seed=1), ARBModel(ATTENTION, seed=1), ARBModel(TINY, seed=2)
+    one, two, other = ARBModel(TINY, seed=1), ARBModel(FULL, seed=1), ARBModel(TINY, seed=2)
     shared = set(one.state_dict()) & set(two.state_dict())
     assert {n for n, _ in one.ternary_weights()} <= {n for n, _ in two.ternary_weights()}
     assert all(torch.equal(one.state_dict()[n], two.state_dict()[n]) for n in shared)
@@ -108,9 +120,55 @@ def test_the_seed_and_the_name_decide_a_weights_start():
         ({"width": 0}, "model.width: expected at least 1"),
         ({"activation": "fp4"}, "model.activation: expected one of fp8, int8, got 'fp4'"),
         ({"rotary_width": 64}, "model.rotary_width: expected an even number below head_width"),
-        ({"enable_vq": True, "enable_moe": True}, "not built yet: VQ bridge, MoE"),
+        ({"enable_output_router": True}, "not built yet: OutputRouter"),
+        ({"enable_graph": True}, "model.enable_graph: its nodes are codes of the VQ bridge"),
+        ({"enable_act": True, "enable_vq": True}, "model.enable_act: it halts the loop"),
+        ({"codebook_size": 1 << 17}, "model.codebook_size: .* at most 65536 codes, got 131072"),
     ],
 )
 def test_a_shape_that_cannot_be_built_names_the_key(values, message):
     with pytest.raises(UserError, match=message):
         build(ModelConfig, values, "model")
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_auxiliary_losses_change_gradients_and_not_the_value(rows):
+    model = ARBModel(HALTING, seed=1)
+    symbols = np.random.default_rng(0).integers(0, 256, (rows, 33), dtype=np.uint16)
+    batch = SlotBatch.from_symbols(symbols, step=0, slot=0, source="s", modality="text")
+    loss = model(batch)
+    expected = F.cross_entropy(
+        model.logits(batch.symbols_BT).float().flatten(0, 1), batch.targets_BT.flatten()
+    )
+    assert loss == expected
+    loss.backward()
+    assert model.vq_bridge.codebook.slot_gradient.any() and model.loop.halt.slot_gradient.any()
+
+
+def test_every_weight_of_the_full_stack_gets_a_gradient():
+    model = ARBModel(HALTING, seed=1)
+    one_step(model, UpdateConfig())
+    updates = {name: int(weight.num_updates) for name, weight in model.ternary_weights()}
+    assert set(updates.values()) == {1}, updates
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_sizes_have_the_weights_of_their_names(size):
+    width, num_layers = SIZES[size]
+    config = replace(FULL, width=width, num_layers=num_layers, codebook_size=4096, head_width=64)
+    with torch.device("meta"):
+        model = ARBModel(config, seed=0)
+    weights = sum(weight.num_weights for _, weight in model.ternary_weights())
+    expected = {"smoke": 1.14e6, "30m": 30e6, "150m": 150e6, "1b": 1e9, "3b": 3e9}[size]
+    assert weights == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("update", ["", "update: {rule: bigint}", "update: {latent_bits: 6}"])
+def test_the_table_names_every_part_and_why_it_is_there(tmp_path, update):
+    path = tmp_path / "model.yaml"
+    path.write_text(f"model: {{width: 64, num_layers: 2, enable_vq: true}}\n{update}\n")
+    table = main([str(path)])
+    assert re.search(r"^VQ bridge +yes: enable_vq +270,336 ", table, re.M)
+    assert re.search(r"^experts +no: without enable_moe +0 +0 +-$", table, re.M)
+    bits = float(table.split()[-1])
+    assert 2 < bits < 18

@@ -3,11 +3,13 @@
 import functools
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from arbitor import vq
 from arbitor.batch import SlotBatch
 from arbitor.checkpoint import load_checkpoint, save_checkpoint
 from arbitor.errors import UserError
@@ -17,12 +19,30 @@ from arbitor.settings import build
 from arbitor.trainer import SlotRunner, evaluate, train_step
 
 TINY = ModelConfig(width=64, num_layers=1)
+FULL = ModelConfig(
+    width=64,
+    num_layers=1,
+    head_width=32,
+    rotary_width=16,
+    enable_attention=True,
+    enable_vq=True,
+    enable_graph=True,
+    enable_moe=True,
+    codebook_size=32,
+)
+HALTING = replace(FULL, enable_act=True)
 VARIANTS = [
     {},
     {"rule": "bigint"},
     {"momentum_bits": 4},
     {"momentum_bits": 4, "latent_bits": 6},
     {"group_size": 32},
+]
+STACKS = [(TINY, options) for options in VARIANTS]
+STACKS += [
+    (FULL, {}),
+    (HALTING, {"momentum_bits": 4, "latent_bits": 6}),
+    (FULL, {"rule": "bigint"}),
 ]
 
 ALPHABET = 12
@@ -91,15 +111,27 @@ def train(model, optimizer, steps, slots):
         train_step(run_slot, step, [make_batch(step, slot) for slot in slots])
 
 
-@pytest.mark.parametrize("options", VARIANTS, ids=str)
-def test_the_order_of_the_slots_does_not_matter(options):
-    models = [ARBModel(TINY, 0, UpdateConfig(**options)) for _ in range(2)]
+def name_of(stack):
+    parts = [key for key, value in vars(stack[0]).items() if key.startswith("enable") and value]
+    return f"{len(parts)} parts, {stack[1]}"
+
+
+@pytest.fixture(params=STACKS, ids=name_of)
+def stack(request, monkeypatch):
+    """Model and options of the update; idle codes are split at once, so that it happens."""
+    monkeypatch.setattr(vq, "IDLE_STEPS", 1)
+    return request.param
+
+
+def test_the_order_of_the_slots_does_not_matter(stack):
+    config, options = stack
+    models = [ARBModel(config, 0, UpdateConfig(**options)) for _ in range(2)]
     for model, slots in zip(models, ([0, 1, 2, 3], [2, 0, 3, 1]), strict=True):
         train(model, make_optimizer(model, **options), range(3), slots)
     assert states_equal(*models)
 
 
-def workers_train(num_workers, options):
+def workers_train(num_workers, config, options):
     """The models of workers that share 5 slots a step, each worker a thread."""
     barrier, parts = threading.Barrier(num_workers), {}
 
@@ -110,7 +142,7 @@ def workers_train(num_workers, options):
             tensor.copy_(sum(parts.values()))
             barrier.wait()
 
-        model = ARBModel(TINY, 0, UpdateConfig(**options))
+        model = ARBModel(config, 0, UpdateConfig(**options))
         optimizer = make_optimizer(model, slots=5, all_reduce=all_reduce, **options)
         train(model, optimizer, range(3), range(rank, 5, num_workers))
         return model
@@ -119,16 +151,15 @@ def workers_train(num_workers, options):
         return list(pool.map(worker, range(num_workers)))
 
 
-@pytest.mark.parametrize("options", VARIANTS, ids=str)
-def test_one_and_two_workers_end_with_the_same_bits(options):
-    (alone,) = workers_train(1, options)
-    for model in workers_train(2, options):
+def test_one_and_two_workers_end_with_the_same_bits(stack):
+    (alone,) = workers_train(1, *stack)
+    for model in workers_train(2, *stack):
         assert states_equal(model, alone)
 
 
-@pytest.mark.parametrize("options", VARIANTS, ids=str)
-def test_a_run_goes_on_from_its_checkpoint_to_the_same_bits(options, tmp_path):
-    straight, stopped, resumed = (ARBModel(TINY, 0, UpdateConfig(**options)) for _ in range(3))
+def test_a_run_goes_on_from_its_checkpoint_to_the_same_bits(stack, tmp_path):
+    config, options = stack
+    straight, stopped, resumed = (ARBModel(config, 0, UpdateConfig(**options)) for _ in range(3))
     train(straight, make_optimizer(straight, slots=2, **options), range(4), range(2))
     train(stopped, make_optimizer(stopped, slots=2, **options), range(2), range(2))
     folder = save_checkpoint(
@@ -137,6 +168,30 @@ def test_a_run_goes_on_from_its_checkpoint_to_the_same_bits(options, tmp_path):
     resumed.load_state_dict(load_checkpoint(folder)[1])
     train(resumed, make_optimizer(resumed, slots=2, **options), range(2, 4), range(2))
     assert states_equal(straight, resumed) and not states_equal(straight, stopped)
+
+
+def test_the_state_of_the_parts_moves_once_a_step_and_is_in_the_checkpoint(monkeypatch):
+    monkeypatch.setattr(vq, "IDLE_STEPS", 1)
+    model = ARBModel(FULL, 0)
+    optimizer, integers = make_optimizer(model, slots=2), ("usage", "score", "balance_bias")
+    run_slot = SlotRunner(model, optimizer)
+
+    def state():
+        return {n: t.clone() for n, t in model.state_dict().items() if n.endswith(integers)}
+
+    for step in range(3):
+        before = state()
+        assert len(before) == 3
+        for slot in range(2):
+            run_slot(step, make_batch(step, slot))
+            evaluate(model, [make_batch(10**6, 0)])  # counts nothing
+        assert all(torch.equal(before[name], now) for name, now in state().items())
+        report = optimizer.step(step)
+        assert all(not torch.equal(before[name], now) for name, now in state().items())
+    positions = 2 * 4 * 64
+    assert model.vq_bridge.usage.sum() <= 3 * 64 * positions
+    assert 1 < report.parts["vq/perplexity"] <= 32 and report.parts["loop/rounds"] == 2
+    assert report.parts["vq/splits"] > 0 and report.parts["graph/edges_per_code"] > 1
 
 
 def test_a_weight_without_gradient_is_left_alone_and_calibrates_later():
@@ -185,9 +240,9 @@ def test_schedule_warms_up_and_ends_at_the_floor():
     assert all(a >= b for a, b in zip(factors[10:], factors[11:], strict=False))
 
 
-def learn(steps, **options):
+def learn(steps, config=TINY, **options):
     """The model before and after, and its held-out loss."""
-    start, model = (ARBModel(TINY, 0, UpdateConfig(**options)) for _ in range(2))
+    start, model = (ARBModel(config, 0, UpdateConfig(**options)) for _ in range(2))
     train(model, make_optimizer(model, slots=2, steps=steps, **options), range(steps), range(2))
     return start, model, evaluate(model, [make_batch(10**6, slot) for slot in range(8)])
 
@@ -208,6 +263,20 @@ def test_trits_change_sign_and_learn_beyond_bigrams_as_frozen_ones_do_not():
     assert all(torch.equal(*pair) for pair in trit_pairs(start, model))
     assert loss < entropies()[1] - 0.2
     assert loss < frozen - 0.1
+
+
+PARTS = {
+    "vq": {"enable_vq": True},
+    "graph": {"enable_vq": True, "enable_graph": True},
+    "halting": {"enable_moe": True, "enable_act": True},
+    "all": {"enable_vq": True, "enable_graph": True, "enable_moe": True},
+}
+
+
+@pytest.mark.parametrize("parts", PARTS)
+def test_the_parts_learn_beyond_bigrams(parts):
+    _, _, loss = learn(40, replace(TINY, codebook_size=32, **PARTS[parts]))
+    assert loss < entropies()[1] - 0.2
 
 
 @pytest.mark.parametrize("options", VARIANTS[2:], ids=str)

@@ -144,6 +144,24 @@ def test_mistakes_are_named(arguments, message):
         load(*arguments)
 
 
-def test_the_full_text_stack_names_what_is_not_built():
-    with pytest.raises(UserError, match="not built yet: VQ bridge, MoEGraph, MoE"):
-        load("--full-text-stack", job="text", defaults=text.DEFAULTS)
+PARTS = ("vq", "graph", "moe", "attention")
+
+
+@pytest.mark.parametrize(
+    ("flags", "built"),
+    [
+        ([], []),
+        (["--full-text-stack"], PARTS),
+        (["--full-text-stack", "--no-graph"], ["vq", "moe", "attention"]),
+        (["--full-text-stack", "--no-vq", "--no-graph"], ["moe", "attention"]),
+        (["--no-moe", "--no-attention", "--full-text-stack"], ["vq", "graph"]),
+    ],
+)
+def test_the_full_text_stack_and_what_is_left_out_of_it(flags, built):
+    model = load(*flags, job="text", defaults=text.DEFAULTS).model
+    assert [part for part in PARTS if getattr(model, f"enable_{part}")] == list(built)
+
+
+def test_a_graph_without_codes_is_refused():
+    with pytest.raises(UserError, match="model.enable_graph: .* give --no-graph"):
+        load("--full-text-stack", "--no-vq", job="text", defaults=text.DEFAULTS)

@@ -13,6 +13,7 @@ import pytest
 
 from data_pipeline.sample import ensure_sample
 from ray_jobs import pretrain, text
+from ray_jobs.journal import JournalReader
 from ray_jobs.run import main
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +69,19 @@ def test_classic_pretrain_command(ray_head, monkeypatch, workplace, capfd):
     assert not (workplace / "runs/pretrain-smoke-lite/checkpoints").exists()
 
 
+def test_classic_full_text_stack_command(ray_head, monkeypatch, workplace, capfd):
+    monkeypatch.chdir(workplace)
+    call(
+        monkeypatch,
+        "text --steps 1 --batch 1 --ctx 4 --eval-interval 0 --log-interval 1 --backend triton"
+        " --full-text-stack --run text-full-stack-smoke",
+    )
+    assert len(losses(capfd.readouterr().out)) == 1
+    (record,) = JournalReader(workplace / "runs/text-full-stack-smoke").read()
+    figures = {"vq/perplexity", "graph/edges_per_code", "moe/load_max", "loop/rounds"}
+    assert figures <= record.metrics.keys()
+
+
 def broken_parquet(folder):
     path = folder / "broken.parquet"
     pq.write_table(pa.table({"text": ["a" * 100] * 50}), path)
@@ -90,9 +104,9 @@ MISTAKES = {
     "no weight": ("pretrain --text-weight 0 --code-weight 0", "data.sources: .*weight"),
     "no batch": ("text --batch 0", "data.batch_size: .*1"),
     "too many workers": ("text scaling.num_workers=9", "9 workers cannot share 4 slots"),
-    "full text stack": (
-        "text --steps 1 --batch 1 --ctx 4 --full-text-stack",
-        "not built yet: VQ bridge, MoEGraph, MoE",
+    "graph without codes": (
+        "text --steps 1 --batch 1 --ctx 4 --full-text-stack --no-vq",
+        "model.enable_graph: .* give --no-graph",
     ),
 }
 

@@ -51,11 +51,9 @@ def storage(tmp_path_factory):
 
 def make_config(storage, name, profile=False, **scaling):
     values = VALUES | {"name": name, "storage": str(storage), "profile": profile}
-    values["model"] = values["model"] | {
-        "enable_attention": True,
-        "attention_window": 8,
-        "hca_stride": 4,
-    }
+    parts = {f"enable_{part}": True for part in ("attention", "vq", "graph", "moe", "act")}
+    parts |= {"codebook_size": 64, "attention_window": 8, "hca_stride": 4}
+    values["model"] = values["model"] | parts
     return build(RunConfig, values | {"scaling": VALUES["scaling"] | scaling})
 
 
