@@ -22,6 +22,7 @@ from arbitor.errors import UserError
 
 TENSORS = "model.safetensors"
 MANIFEST = "manifest.json"
+CHECKPOINTS = "checkpoints"  # in a run's folder
 _PARTIAL = ".partial-"
 
 

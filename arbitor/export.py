@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from arbitor.checkpoint import MANIFEST, load_checkpoint, newest_checkpoint
+from arbitor.checkpoint import CHECKPOINTS, MANIFEST, load_checkpoint, newest_checkpoint
 from arbitor.errors import UserError
 from arbitor.kernel.matmul.plane import pack_plane
 from arbitor.kernel.packed_weight import GroupedPackedState, PackedState
@@ -34,7 +34,6 @@ from arbitor.main import ARBModel, ModelConfig
 from arbitor.settings import build, section
 
 FORMAT = "arbitor-packed-trits"
-CHECKPOINTS = "checkpoints"  # in a run's folder
 
 
 @dataclass(frozen=True)
@@ -72,8 +71,10 @@ def export(opened: OpenedModel, path: Path) -> int:
     tensors |= {name: tensor.contiguous() for name, tensor in state.items()}
     config = {"model": asdict(opened.model.config), "update": asdict(opened.format)}
     metadata = {"format": FORMAT, "step": str(opened.step), "config": json.dumps(config)}
+    partial = path.with_name(f".partial-{path.name}")
     try:
-        save_file(tensors, path, metadata)
+        save_file(tensors, partial, metadata)
+        partial.rename(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be written ({error})") from error
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -55,7 +55,8 @@ class Sampling:
 class Decoder:
     """A model and its ledger: takes symbols, gives the logits of the next one.
 
-    On a GPU the step of one symbol is recorded and replayed until the ledger grows.
+    On a GPU the steps of one symbol, which fills a block of compressed positions or does not, are
+    recorded and replayed until the ledger grows.
     """
 
     def __init__(self, model: ARBModel, batch_size: int):
@@ -65,7 +66,8 @@ class Decoder:
         self._input_B1 = torch.zeros(
             batch_size, 1, dtype=torch.int64, device=self.ledger.position.device
         )
-        self._has_run, self._recording = False, None
+        # By whether they pool: None of a step that has run once, and so has compiled its kernels.
+        self._recordings: dict[bool, Recording | None] = {}
 
     @torch.no_grad()
     def feed(self, symbols_BM: Tensor) -> Tensor:
@@ -73,9 +75,10 @@ class Decoder:
         for chunk_BM in symbols_BM.split(PREFILL, dim=1):
             self.length += chunk_BM.shape[1]
             if self.ledger.reserve(self.length):
-                self._has_run, self._recording = False, None
-            last = chunk_BM.shape[1] == 1
-            logits_BV = self._step(chunk_BM) if last else self._logits(chunk_BM)
+                self._recordings.clear()
+            is_step, stride = chunk_BM.shape[1] == 1, self.ledger.stride
+            self.ledger.pools = not is_step or (stride > 0 and self.length % stride == 0)
+            logits_BV = self._step(chunk_BM) if is_step else self._logits(chunk_BM)
         return logits_BV.float().cpu()
 
     def _logits(self, symbols_BM: Tensor) -> Tensor:
@@ -83,13 +86,16 @@ class Decoder:
 
     def _step(self, symbols_B1: Tensor) -> Tensor:
         self._input_B1.copy_(symbols_B1)
-        if not self._has_run or not can_record(self._input_B1.device):
-            self._has_run = True  # its kernels are compiled
+        pools = self.ledger.pools
+        if pools not in self._recordings or not can_record(self._input_B1.device):
+            self._recordings[pools] = None
             return self._logits(self._input_B1)
-        if self._recording is None:
-            self._recording = Recording(lambda: self._logits(self._input_B1))
-        self._recording.replay()
-        return self._recording.result
+        recording = self._recordings[pools]
+        if recording is None:
+            recording = Recording(lambda: self._logits(self._input_B1))
+            self._recordings[pools] = recording
+        recording.replay()
+        return recording.result
 
 
 def generate(

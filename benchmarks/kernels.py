@@ -272,7 +272,7 @@ def embedding_rows(options: argparse.Namespace) -> Iterator[Row]:
     size = 2 * M * D
     yield Row(
         f"embedding {M}x{D}",
-        [lambda: embedding.lookup(indices, state.latent, scale)] * 8,
+        [lambda: embedding.lookup(indices, state.latent, scale, state.latent.shape[1])] * 8,
         {"torch bf16": [lambda: F.embedding(indices, table)] * 8},
         size,
     )

@@ -44,7 +44,7 @@ def main() -> None:
             accuracy, seconds = train_and_judge(variants[name], seed, options)
             results.append({"variant": name, "seed": seed, "recall": accuracy, "seconds": seconds})
             print(json.dumps(results[-1]), flush=True)
-    print(f"guessing among the values of a sequence: {1 / options.pairs:.3f}")
+    print(f"chance: {1 / len(VALUES):.3f} of all values, {1 / options.pairs:.3f} of a sequence's")
     if options.out:
         values = {"options": {k: str(v) for k, v in vars(options).items()}, "runs": results}
         options.out.write_text(json.dumps(values, indent=1) + "\n")

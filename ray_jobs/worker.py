@@ -19,6 +19,7 @@ import torch.distributed
 
 from arbitor.batch import SlotBatch
 from arbitor.checkpoint import (
+    CHECKPOINTS,
     CheckpointWriter,
     SaveOutcome,
     load_checkpoint,
@@ -43,7 +44,6 @@ from ray_jobs.config import RunConfig
 from ray_jobs.journal import Journal
 from ray_jobs.samples import write_samples
 
-CHECKPOINTS = "checkpoints"
 DATA_MANIFEST = "data.json"
 PROFILE = "profile.txt"
 PROFILED_STEP = 5  # of this start of the run: kernels are compiled and recorded by then

@@ -89,9 +89,10 @@ class ContextAttention(nn.Module):
         cache.pe_cache.index_copy_(1, step.slots, rotary_key[:, -step.kept :])
         if self.hca is not None:
             hca_caches = cache.hca_kv_cache, cache.hca_pe_cache
-            pooled = self.hca(latent[:, step.pooled], rotary_key[:, step.pooled])
-            for hca_cache, entries in zip(hca_caches, pooled, strict=True):
-                hca_cache.index_copy_(1, step.blocks, entries)
+            if step.pooled is not None:
+                pooled = self.hca(latent[:, step.pooled], rotary_key[:, step.pooled])
+                for hca_cache, entries in zip(hca_caches, pooled, strict=True):
+                    hca_cache.index_copy_(1, step.blocks, entries)
             blocks = step.seen_MS.shape[1] - latent.shape[1]
             hca_kv_cache, hca_pe_cache = first_blocks(*hca_caches, blocks)
             latent = torch.cat([latent, hca_kv_cache], dim=1)

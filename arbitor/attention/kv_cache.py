@@ -38,8 +38,9 @@ class CacheStep:
     key_rotation: Tensor  # int16 [2, S, P]
     kept: int  # how many of the last positions go into the ring
     slots: Tensor  # int64 [kept]
-    pooled: Tensor | None  # int64, places among ring and further positions of the blocks they touch
-    blocks: Tensor | None  # int64, numbers of those blocks
+    # Of the blocks that they touch, int64: places of the positions in ring and M, and numbers.
+    pooled: Tensor | None
+    blocks: Tensor | None
 
 
 @dataclass
@@ -57,6 +58,7 @@ class KvLedger:
     embedded: Tensor  # [B, 2, D], embeddings of the last two symbols, zeros before the start
     layers: list[LayerCache | None]  # None for a layer without attention
     capacity: int = 0  # positions there is room for; to be reserved before they are read
+    pools: bool = True  # whether the next positions may fill a block: if not, none is pooled
 
     def reserve(self, length: int) -> bool:
         """Makes room for `length` positions, at least twice the room before; whether it grew."""
@@ -91,7 +93,8 @@ class KvLedger:
             block_C = torch.arange(layer.hca_kv_cache.shape[1], device=self.position.device)
             seen.append(block_C < start_M1 // stride)
             positions.append((block_C + 1) * stride - 1)
-            pooled, blocks = self._pooled(ring, M)
+            if self.pools:
+                pooled, blocks = self._pooled(ring, M)
         kept = min(M, ring)
         return CacheStep(
             seen_MS=torch.cat(seen, dim=1),

@@ -13,8 +13,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from arbitor.kernel.attention_heads.op import attention_heads, key_heads
-from arbitor.kernel.attention_heads.reference import fixed_point, query_heads
+from arbitor.kernel.attention_heads.op import attention_heads, key_heads, query_heads
+from arbitor.kernel.attention_heads.reference import fixed_point
 from arbitor.kernel.ternary_scale import TernaryLinear
 
 ROTARY_BASE = 10_000.0

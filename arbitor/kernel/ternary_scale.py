@@ -64,6 +64,7 @@ class TernaryWeight(nn.Module):
 
     def load(self, state: TernaryState | CorrelationState | PackedState) -> None:
         self._state_type = type(state)
+        self._fixed_row_scale: Tensor | None = None  # of a packed weight
         self._buffers.clear()
         for field in fields(state):
             self.register_buffer(field.name, getattr(state, field.name))
@@ -145,8 +146,8 @@ class TernaryWeight(nn.Module):
         return operand_NK
 
     def kernel_operand(self) -> Tensor:
-        """What matmuls take: int8 latents, the uint8 plane of a packed weight, or the bfloat16
-        operand where groups have scales."""
+        """What matmuls and lookups take: int8 latents, the uint8 plane of a packed weight, or the
+        bfloat16 operand where groups have scales."""
         if self.group_size:
             return self.operand()
         return self.plane if self.is_packed else self.latents()
@@ -154,8 +155,12 @@ class TernaryWeight(nn.Module):
     def row_scale(self) -> Tensor:
         """float32 [N]: 2^(log2_scale / 256), times the largest of the row's group octaves."""
         log2_scale_N = self.log2_scale
-        is_latent = self.format.rule == "latent" and not self.is_packed
-        if is_latent and self.format.group_size:
+        if self.is_packed:
+            fixed = self._fixed_row_scale
+            if fixed is None or fixed.device != log2_scale_N.device:
+                self._fixed_row_scale = matmul.row_scale(log2_scale_N)
+            return self._fixed_row_scale
+        if self.format.rule == "latent" and self.format.group_size:
             log2_scale_N = scale_of_largest_group(log2_scale_N, self.group_exponent)
         return matmul.row_scale(log2_scale_N)
 
@@ -253,8 +258,7 @@ class _EmbeddingFunction(torch.autograd.Function):
     def forward(ctx, anchor: Tensor, indices_M: Tensor, table: TernaryEmbedding) -> Tensor:
         ctx.table = table
         ctx.save_for_backward(indices_M)
-        operand = table.operand() if table.is_packed else table.kernel_operand()
-        return lookup(indices_M, operand, table.row_scale())
+        return lookup(indices_M, table.kernel_operand(), table.row_scale(), table.num_cols)
 
     @staticmethod
     def backward(ctx, grad_MD: Tensor) -> tuple[None, None, None]:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from arbitor.attention.mla import rotation_at, rotation_table
 from arbitor.kernel import backend
-from arbitor.kernel.attention_heads.op import attention_heads, key_heads
+from arbitor.kernel.attention_heads.op import attention_heads, key_heads, query_heads
 from arbitor.kernel.attention_heads.reference import EPSILON, ROTATION_UNIT, rotate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -123,12 +123,12 @@ def test_attention_reads_the_results_without_copies(name):
 
 @pytest.mark.parametrize("name", ["torch", "triton"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_keys_alone_are_those_of_all_heads(shape, name):
+def test_keys_and_queries_alone_are_those_of_all_heads(shape, name):
     pytest.importorskip("triton")
-    (_, expanded, rotary_key), (_, *gradients) = inputs, grads = random_problem(
+    (query, expanded, rotary_key), (_, *gradients) = inputs, grads = random_problem(
         shape, torch.bfloat16
     )
-    _, key, value, _, *expected = run(name, inputs, grads, shape)
+    asked, key, value, _, *expected = run(name, inputs, grads, shape)
     backend.clear_path_counts()
     leaves = [x.detach().requires_grad_() for x in (expanded, rotary_key)]
     table = rotation_table(shape[1], shape[4] // 2, expanded.device)
@@ -137,7 +137,10 @@ def test_keys_alone_are_those_of_all_heads(shape, name):
     got = [x.double() for x in (*outputs, *(leaf.grad for leaf in leaves))]
     for ours, theirs in zip(got, (key, value, *expected), strict=True):
         assert torch.equal(ours, theirs)
-    assert backend.path_counts()["key_heads.forward", name] == 1
+    with torch.no_grad():
+        assert torch.equal(query_heads(query, table, shape[2]).double(), asked)
+    counts = backend.path_counts()
+    assert counts["key_heads.forward", name] == counts["query_heads.forward", name] == 1
 
 
 @pytest.mark.parametrize("name", ["torch", "triton"])

@@ -11,7 +11,16 @@ gemv = pytest.importorskip("arbitor.kernel.matmul.decode_gemv")
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-SHAPES = [(1, 1, 1), (1, 63, 65), (4, 65, 1000), (16, 5, 130), (64, 3, 63), (1, 2, 4097)]
+SHAPES = [
+    (1, 1, 1),
+    (1, 63, 65),
+    (4, 65, 1000),
+    (16, 5, 130),
+    (64, 3, 63),
+    (1, 2, 4097),
+    (65, 5, 130),
+    (200, 70, 66),
+]
 GPU_SHAPES = [(1, 4097, 1000), (33, 1000, 4097), (64, 8192, 8192), (16, 28672, 8192)]
 ALL = SHAPES + [pytest.param(shape, marks=pytest.mark.gpu) for shape in GPU_SHAPES]
 

@@ -24,6 +24,7 @@ CONFIG = ModelConfig(
     attention_window=8,
     hca_stride=4,
 )
+FULL = replace(CONFIG, enable_vq=True, enable_graph=True, enable_moe=True, codebook_size=64)
 FORMATS = [StateFormat(), StateFormat(latent_bits=6, group_size=16), StateFormat(rule="bigint")]
 
 
@@ -42,9 +43,14 @@ def save(folder, format=FORMATS[0], config=CONFIG, step=3):
     return model
 
 
-@pytest.mark.parametrize("format", FORMATS, ids=str)
-def test_a_run_a_checkpoint_and_a_file_give_the_logits_of_the_trained_model(format, tmp_path):
-    model = save(tmp_path, format)
+CASES = [*((CONFIG, format) for format in FORMATS), (FULL, FORMATS[0])]
+
+
+@pytest.mark.parametrize(("config", "format"), CASES, ids=["plain", "groups", "bigint", "full"])
+def test_a_run_a_checkpoint_and_a_file_give_the_logits_of_the_trained_model(
+    config, format, tmp_path
+):
+    model = save(tmp_path, format, config)
     main([str(tmp_path), "--out", str(tmp_path / "model.safetensors")])
     symbols = random_symbols(2, 30)
     with torch.no_grad():

@@ -5,6 +5,7 @@ import torch
 
 from arbitor.kernel.embedding import reference
 from arbitor.kernel.latent_update.state import trits
+from arbitor.kernel.matmul.plane import pack_plane
 
 triton_embedding = pytest.importorskip("arbitor.kernel.embedding.triton")
 
@@ -35,10 +36,10 @@ def random_problem(shape):
 def test_rows_equal_the_reference(shape):
     indices_M, latent_VD, row_scale_V, _ = random_problem(shape)
     expected = reference.embedding_forward(indices_M, trits(latent_VD).bfloat16(), row_scale_V)
-    got = triton_embedding.embedding_forward(
-        indices_M.to(DEVICE), latent_VD.to(DEVICE), row_scale_V.to(DEVICE)
-    )
-    assert torch.equal(got.cpu(), expected)
+    for table in (latent_VD, pack_plane(trits(latent_VD))):
+        inputs = (x.to(DEVICE) for x in (indices_M, table, row_scale_V))
+        got = triton_embedding.embedding_forward(*inputs, shape[2])
+        assert torch.equal(got.cpu(), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

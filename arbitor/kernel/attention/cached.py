@@ -1,4 +1,4 @@
-"""Attention of few queries to keys of a cache, whatever their order: plain torch, for generation.
+"""Attention of few queries to keys of a cache, whatever their order: for generation.
 
 It rounds where the paths of training round, so that what is generated follows what was trained.
 Shape letters: B sequences, M queries, S keys, N heads, H head width.
@@ -20,6 +20,12 @@ def attend_seen(
     Needs no running maximum: logits are bounded, `README.md`. Where training runs in Triton,
     weights are rounded before they are multiplied, as there; elsewhere everything is float32.
     """
+    if runs_triton(query_BMNH):
+        from arbitor.kernel.attention import cached_triton
+
+        if query_BMNH.shape[1] <= cached_triton.MAX_QUERIES:
+            count_path("attention.cached", "triton")
+            return cached_triton.attend_seen(query_BMNH, key_BSNH, value_BSNH, seen_MS)
     count_path("attention.cached", "torch")
     query_BNMH, key_BNSH, value_BNSH = (
         x.transpose(1, 2).float() for x in (query_BMNH, key_BSNH, value_BSNH)

@@ -44,6 +44,17 @@ def key_heads(
     return reference.key_heads(*inputs)
 
 
+def query_heads(query_BTX: Tensor, rotation_2TP: Tensor, num_heads: int) -> Tensor:
+    """Query [B, T, N, H] alone, for generation: its kernel has no backward."""
+    if runs_triton(query_BTX) and not torch.is_grad_enabled():
+        from arbitor.kernel.attention_heads import triton
+
+        count_path("query_heads.forward", "triton")
+        return triton.heads_forward(query_BTX, None, None, rotation_2TP, num_heads)[0]
+    count_path("query_heads.forward", "torch")
+    return reference.query_heads(query_BTX, rotation_2TP, num_heads)
+
+
 class _HeadsFunction(torch.autograd.Function):
     """Saves query and key, which attention keeps too, and an inverse rms for each normalized part.
 

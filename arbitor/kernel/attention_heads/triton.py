@@ -21,25 +21,32 @@ _ALIGNMENT = 8
 
 def heads_forward(
     query_BTX: Tensor | None,
-    expanded_BTX: Tensor,
-    rotary_key_BTW: Tensor,
+    expanded_BTX: Tensor | None,
+    rotary_key_BTW: Tensor | None,
     rotation_2TP: Tensor,
     num_heads: int,
-) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
     """Query, key, value [B, T, N, H] and the float32 inverse rms [4, R] of the normalized parts:
     query content, query rotary, key content, rotary key (the same for all heads of a position).
 
-    Without a query there is none among the results, and its inverse rms are not written.
+    Without a query or without a key (expanded and rotary) there is none among the results, and
+    their inverse rms are not written.
     """
-    B, T, W = rotary_key_BTW.shape
-    N, H, P = num_heads, (expanded_BTX.shape[-1] // num_heads + W) // 2, W // 2
+    N, P = num_heads, rotation_2TP.shape[-1]
+    some = expanded_BTX if query_BTX is None else query_BTX
+    (B, T, X), W, device = some.shape, 2 * P, some.device
+    H = (X // N + W) // 2 if query_BTX is None else X // N
     C, R = H - W, B * T * N
-    expanded_BTX, rotary_key_MW = expanded_BTX.contiguous(), _rows(rotary_key_BTW)
-    device, query_BTNH = expanded_BTX.device, None
+    query_BTNH = key_BTNH = value_BTNH = rotary_key_MW = None
     if query_BTX is not None:
         query_BTX = query_BTX.contiguous()
         query_BTNH = torch.empty(B, T, N, H, dtype=query_BTX.dtype, device=device)
-    key_BTNH = torch.empty(B, T, N, H, dtype=expanded_BTX.dtype, device=device)
+    if expanded_BTX is not None:
+        expanded_BTX, rotary_key_MW = expanded_BTX.contiguous(), _rows(rotary_key_BTW)
+        key_BTNH = torch.empty(B, T, N, H, dtype=expanded_BTX.dtype, device=device)
+        value_BTNH = expanded_BTX.view(B, T, N, C + H)[..., C:]
+        if C % _ALIGNMENT or H % _ALIGNMENT:
+            value_BTNH = value_BTNH.contiguous()
     inverse_rms_4R = torch.empty(4, R, dtype=torch.float32, device=device)
     block_r, num_warps = _FORWARD_BLOCKS
     attention_heads_forward_kernel[(triton.cdiv(R, block_r),)](
@@ -52,16 +59,14 @@ def heads_forward(
         inverse_rms_4R,
         R,
         T,
-        rotary_key_MW.stride(0),
+        0 if rotary_key_MW is None else rotary_key_MW.stride(0),
         EPSILON,
         HAS_QUERY=query_BTX is not None,
+        HAS_KEY=expanded_BTX is not None,
         **_constants(N, C, P),
         BLOCK_R=block_r,
         num_warps=num_warps,
     )
-    value_BTNH = expanded_BTX.view(B, T, N, C + H)[..., C:]
-    if C % _ALIGNMENT or H % _ALIGNMENT:
-        value_BTNH = value_BTNH.contiguous()
     return query_BTNH, key_BTNH, value_BTNH, inverse_rms_4R
 
 
@@ -140,6 +145,7 @@ def attention_heads_forward_kernel(
     stride_km,
     epsilon,
     HAS_QUERY: tl.constexpr,
+    HAS_KEY: tl.constexpr,
     N: tl.constexpr,
     C: tl.constexpr,
     P: tl.constexpr,
@@ -166,13 +172,13 @@ def attention_heads_forward_kernel(
         tl.store(inverse_rms_ptr + r, content, mask=in_r)
         tl.store(inverse_rms_ptr + R + r, rotary, mask=in_r)
 
-    key_out = key_out_ptr + row * H
-    expanded = expanded_ptr + row * (C + H)
-    content = _normalize(expanded + c, key_out + c, in_content, C, epsilon)
-    rotary_key = rotary_key_ptr + position * stride_km
-    rotary = _normalize_and_rotate(rotary_key + p, key_out + C + p, in_pairs, cos, sin, P, epsilon)
-    tl.store(inverse_rms_ptr + 2 * R + r, content, mask=in_r)
-    tl.store(inverse_rms_ptr + 3 * R + r, rotary, mask=in_r)
+    if HAS_KEY:
+        expanded, out = expanded_ptr + row * (C + H), key_out_ptr + row * H
+        content = _normalize(expanded + c, out + c, in_content, C, epsilon)
+        key = rotary_key_ptr + position * stride_km
+        rotary = _normalize_and_rotate(key + p, out + C + p, in_pairs, cos, sin, P, epsilon)
+        tl.store(inverse_rms_ptr + 2 * R + r, content, mask=in_r)
+        tl.store(inverse_rms_ptr + 3 * R + r, rotary, mask=in_r)
 
 
 @triton.jit

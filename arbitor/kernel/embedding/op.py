@@ -9,21 +9,26 @@ from torch import Tensor
 from arbitor.kernel.backend import count_path, runs_triton
 from arbitor.kernel.embedding import reference
 from arbitor.kernel.latent_update.state import trits
+from arbitor.kernel.matmul.plane import unpack_plane
 
 
-def lookup(indices_M: Tensor, table_VD: Tensor, row_scale_V: Tensor) -> Tensor:
-    """bfloat16 rows 2^s[v] * trit[v] for int64 indices, [M, D].
+def lookup(indices_M: Tensor, table_VX: Tensor, row_scale_V: Tensor, width: int) -> Tensor:
+    """bfloat16 rows 2^s[v] * trit[v] for int64 indices, [M, D = width].
 
-    `table_VD` is int8 latents, or the bfloat16 factors of 2^s themselves.
+    The table is int8 latents [V, D], the uint8 plane of packed trits, or the bfloat16 factors of
+    2^s themselves.
     """
-    is_operand = table_VD.dtype == torch.bfloat16
-    if runs_triton(table_VD) and not is_operand:
+    if runs_triton(table_VX) and table_VX.dtype != torch.bfloat16:
         from arbitor.kernel.embedding import triton
 
         count_path("embedding.forward", "triton")
-        return triton.embedding_forward(indices_M, table_VD, row_scale_V)
+        return triton.embedding_forward(indices_M, table_VX, row_scale_V, width)
     count_path("embedding.forward", "torch")
-    operand_VD = table_VD if is_operand else trits(table_VD).to(torch.bfloat16)
+    if table_VX.dtype == torch.uint8:
+        operand_VD = unpack_plane(table_VX, width).to(torch.bfloat16)
+    else:
+        is_operand = table_VX.dtype == torch.bfloat16
+        operand_VD = table_VX if is_operand else trits(table_VX).to(torch.bfloat16)
     return reference.embedding_forward(indices_M, operand_VD, row_scale_V)
 
 

@@ -1,5 +1,5 @@
-"""Embedding lookup in a table of latents, and the table's gradient. Oracle: `reference.py`, equal
-in every bit.
+"""Embedding lookup in a table of latents or packed trits, and the table's gradient. Oracle:
+`reference.py`, equal in every bit.
 
 The gradient adds each symbol's positions in their order, one program per symbol and block of
 columns: no atomics. Positions are sorted by symbol first (a stable integer sort).
@@ -18,17 +18,21 @@ _BLOCK_M, _BLOCK_D, _BACKWARD_BLOCK_D = 16, 256, 128
 _UNROLL = 16  # rows in flight: a symbol's additions wait for one another, their loads do not
 
 
-def embedding_forward(indices_M: Tensor, latent_VD: Tensor, row_scale_V: Tensor) -> Tensor:
-    """bfloat16 rows 2^s[v] * trit[v] for int64 indices, [M, D]; trits decoded on the way."""
-    M, D = indices_M.numel(), latent_VD.shape[1]
-    out_MD = torch.empty(M, D, dtype=torch.bfloat16, device=latent_VD.device)
+def embedding_forward(
+    indices_M: Tensor, table_VX: Tensor, row_scale_V: Tensor, width: int
+) -> Tensor:
+    """bfloat16 rows 2^s[v] * trit[v] for int64 indices, [M, D]; trits decoded on the way from int8
+    latents [V, D] or from the uint8 plane of packed trits, `matmul/plane.py`."""
+    M, D = indices_M.numel(), width
+    out_MD = torch.empty(M, D, dtype=torch.bfloat16, device=table_VX.device)
     embedding_forward_kernel[(triton.cdiv(M, _BLOCK_M), triton.cdiv(D, _BLOCK_D))](
         indices_M.contiguous(),
-        latent_VD,
+        table_VX,
         row_scale_V,
         out_MD,
         M,
         D,
+        ROW_BYTES=table_VX.shape[1] if table_VX.dtype == torch.uint8 else 0,
         DEAD_ZONE=DEAD_ZONE,
         BLOCK_M=_BLOCK_M,
         BLOCK_D=_BLOCK_D,
@@ -62,11 +66,12 @@ def embedding_backward(indices_M: Tensor, grad_MD: Tensor, num_rows: int) -> Ten
 @triton.jit
 def embedding_forward_kernel(
     indices_ptr,
-    latent_ptr,
+    table_ptr,
     row_scale_ptr,
     out_ptr,
     M,
     D,
+    ROW_BYTES: tl.constexpr,
     DEAD_ZONE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -76,8 +81,15 @@ def embedding_forward_kernel(
     mask = (m < M)[:, None] & (d < D)[None, :]
     symbol = tl.load(indices_ptr + m, mask=m < M, other=0)
     row_scale = tl.load(row_scale_ptr + symbol, mask=m < M, other=0.0)[:, None]
-    latent = tl.load(latent_ptr + symbol[:, None] * D + d[None, :], mask=mask, other=0)
-    value = tl.where(latent > DEAD_ZONE, row_scale, tl.where(latent < -DEAD_ZONE, -row_scale, 0.0))
+    if ROW_BYTES:
+        place = symbol[:, None] * ROW_BYTES + d[None, :] % ROW_BYTES
+        packed = tl.load(table_ptr + place, mask=mask, other=0).to(tl.int32)
+        bits = (packed >> (d // ROW_BYTES * 2)[None, :]) & 3
+        positive, negative = bits == 1, bits == 3
+    else:
+        latent = tl.load(table_ptr + symbol[:, None] * D + d[None, :], mask=mask, other=0)
+        positive, negative = latent > DEAD_ZONE, latent < -DEAD_ZONE
+    value = tl.where(positive, row_scale, tl.where(negative, -row_scale, 0.0))
     offsets = m.to(tl.int64)[:, None] * D + d[None, :]
     tl.store(out_ptr + offsets, nearest(value, tl.bfloat16), mask=mask)
 

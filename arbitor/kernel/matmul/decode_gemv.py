@@ -23,16 +23,20 @@ _TILES = (
     (64, 128 * 128, (128, 128, 4, 5)),
     (64, 0, (64, 128, 4, 5)),
 )
-MAX_POSITIONS = 64
+_LARGEST_BLOCK = 64  # positions of a tile
+MAX_POSITIONS = 4096  # beyond, a weight that is unpacked once costs less
 
 
 def plane_matmul(x: Quantized, plane_NQ: Tensor, row_scale_N: Tensor) -> Tensor:
     """bfloat16 y [M, N] of at most `MAX_POSITIONS` positions with fp8 or int8 codes."""
     (M, K), (N, row_bytes) = x.codes.shape, plane_NQ.shape
     assert M <= MAX_POSITIONS and row_bytes == row_bytes_of(K) and x.codes.stride(1) == 1
-    block_n, block_q, num_warps, num_stages = next(t for m, n, t in _TILES if m >= M and n <= N)
+    at_once = min(M, _LARGEST_BLOCK)
+    tile = next(t for m, n, t in _TILES if m >= at_once and n <= N)
+    block_n, block_q, num_warps, num_stages = tile
+    block_m = max(16, triton.next_power_of_2(at_once))
     out_MN = torch.empty(M, N, dtype=torch.bfloat16, device=plane_NQ.device)
-    plane_matmul_forward_kernel[(triton.cdiv(N, block_n),)](
+    plane_matmul_forward_kernel[(triton.cdiv(N, block_n), triton.cdiv(M, block_m))](
         plane_NQ,
         x.codes,
         x.scale,
@@ -43,7 +47,7 @@ def plane_matmul(x: Quantized, plane_NQ: Tensor, row_scale_N: Tensor) -> Tensor:
         x.codes.stride(0),
         K=K,
         ROW_BYTES=row_bytes,
-        BLOCK_M=max(16, triton.next_power_of_2(M)),
+        BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_Q=block_q,
         num_warps=num_warps,
@@ -73,7 +77,7 @@ def plane_matmul_forward_kernel(
     OPERAND: tl.constexpr = tl.int8 if INTEGER else tl.float8e4nv
     ACCUMULATOR: tl.constexpr = tl.int32 if INTEGER else tl.float32
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tl.arange(0, BLOCK_M)
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     plane_ptrs = plane_ptr + tl.where(n < N, n, 0).to(tl.int64)[:, None] * ROW_BYTES
     x_ptrs = x_ptr + m[None, :] * stride_xm
     accumulator = tl.zeros((BLOCK_N, BLOCK_M), ACCUMULATOR)
