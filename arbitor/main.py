@@ -1,6 +1,7 @@
 """ARBModel: encoder -> VQ bridge -> trunk -> MoEGraph loop -> head; reads like the figure.
 
-`python -m arbitor.main CONFIG` prints a configuration's model, part by part.
+`python -m arbitor.main CONFIG` prints a configuration's model, part by part; a size such as 150m
+prints the full text stack of that size.
 Shape letters: B sequences, T positions, D width, V symbols, C code width, X values of a place.
 """
 
@@ -198,11 +199,22 @@ def _video_head(config: ModelConfig, seed: int) -> VideoHead:
     )
 
 
+def full_text_stack(size: str) -> dict[str, int | bool]:
+    """The section `model` of a size of `SIZES` with everything that a text model has."""
+    width, num_layers = SIZES[size]
+    parts = {f"enable_{part}": True for part in ("attention", "vq", "graph", "moe")}
+    return {"width": width, "num_layers": num_layers} | parts
+
+
 def main(arguments: list[str]) -> str:
-    """The table of a configuration's model; nothing is computed."""
+    """The table of a configuration's or a size's model; nothing is computed."""
     if len(arguments) != 1:
-        raise UserError("expected one CONFIG file: python -m arbitor.main CONFIG")
-    values = read_yaml(arguments[0])
+        raise UserError(
+            "expected one CONFIG file or size: python -m arbitor.main CONFIG,"
+            f" or one of {', '.join(SIZES)}"
+        )
+    (named,) = arguments
+    values = {"model": full_text_stack(named)} if named in SIZES else read_yaml(named)
     config = build(ModelConfig, section(values, "model"), "model")
     update = section(values, "update")
     format_keys = {field.name for field in fields(StateFormat)} & update.keys()
@@ -215,4 +227,5 @@ if __name__ == "__main__":
     try:
         print(main(sys.argv[1:]))
     except UserError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
