@@ -131,8 +131,8 @@ def load_run_config(
     """The configuration that a job's command line asks for.
 
     `defaults` stand in for the YAML file when none is named; what they say of the model, the parts
-    that the job does without, holds with a file too, unless the file asks for them. The run's name is `--run`, else the
-    file's, else the job's.
+    that the job does without, holds with a file too, unless the file asks for them. The run's name
+    is `--run`, else the file's, else the job's.
     """
     options = _parser(job, about).parse_intermixed_args(arguments)
     files = [word for word in options.words if "=" not in word]
