@@ -64,6 +64,8 @@ class ImageEncoder(nn.Module):
 
     def forward(self, values: Tensor, number: Tensor) -> Tensor:
         extended = F.pad(values.to(torch.bfloat16), (0, self.ones), value=1.0)
+        # Pixels carry no gradient: without this autograd would not call the linear's backward.
+        extended.requires_grad_(torch.is_grad_enabled())
         place = number % self.side**2
         where = self.row(place // self.side) + self.column(place % self.side)
         return self.patch(extended) + where

@@ -4,7 +4,8 @@ At time s from 0 to 1 a patch is x = (1 - s) noise + s values; the head predicts
 values - noise, and sampling follows it from noise at 0 (Lipman et al. 2023, Liu et al. 2023).
 The network's output F enters as v = a(s) x + b(s) F, the best linear guess and its error for values
 of the second moment SECOND_MOMENT (the preconditioning of Karras et al. 2022, for a flow), so that
-F has the same scale at all times. An image is a video of one frame.
+F has the same scale at all times. It is a vector of the patch, and x times a number of the patch:
+where the width is below X, x itself could not pass. An image is a video of one frame.
 Shape letters: B sequences, T positions, D width, F frames, P patches of a frame, X values of a
 patch, S = B F frames in all, N heads, H head width, Q queries, K keys, C = 3 D, G = 2 x the
 feed-forward width.
@@ -111,10 +112,9 @@ class VideoHead(nn.Module):
         for block in self.blocks:
             tokens_BFPD = block(tokens_BFPD, hidden_BTD, sees_BFT)
         output_BFPX = self.velocity_of_patch[modality](tokens_BFPD).float()
-        of_input_BF, of_output_BF = _preconditioning(time_BF / NUM_TIMES)
-        return (
-            of_input_BF[..., None, None] * noisy_BFPX + of_output_BF[..., None, None] * output_BFPX
-        )
+        output_BFPX = output_BFPX + self.share_of_input(tokens_BFPD).float() * noisy_BFPX
+        of_input, of_output = _preconditioning(time_BF[..., None, None] / NUM_TIMES)
+        return of_input * noisy_BFPX + of_output * output_BFPX
 
     @torch.no_grad()
     def sample(
