@@ -76,7 +76,7 @@ class ARBModel(nn.Module):
     def losses(self, batch: SlotBatch) -> SlotLosses:
         """The loss of a slot and the parts that it is the sum of."""
         places = None if batch.content_BPX is None else Places.of(batch)
-        hidden_BTD, auxiliary = self.hidden(self.embed(batch, places))
+        hidden_BTD, auxiliary = self._run(self.embed(batch, places))
         hidden_BTD, gradient_rms = watch_gradient(hidden_BTD)
         figures = {"trunk_gradient_rms": gradient_rms}
         loss = symbol_loss(self.byte_head(hidden_BTD), batch.targets_BT)
@@ -118,10 +118,14 @@ class ARBModel(nn.Module):
             return places.fill(text_BTD, self.audio_encoder(places.content()))
         return text_BTD
 
-    def hidden(
+    def hidden(self, embedded_BTD: Tensor, ledger: KvLedger | None = None) -> Tensor:
+        """What the heads read, bfloat16 [B, T, D]; a ledger is moved on."""
+        return self._run(embedded_BTD, ledger)[0]
+
+    def _run(
         self, hidden_BTD: Tensor, ledger: KvLedger | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """What the heads read, bfloat16 [B, T, D], and the auxiliary losses of the parts."""
+        """The same, and the auxiliary losses of the parts."""
         step, caches = None, [None] * len(self.trunk)
         if ledger is not None:
             step, caches = ledger.step(hidden_BTD.shape[1]), ledger.layers
@@ -146,8 +150,7 @@ class ARBModel(nn.Module):
         With a ledger the symbols go on where it ends, and it is moved on; it has reserved room.
         """
         before = None if ledger is None else ledger.embedded
-        hidden_BTD, _ = self.hidden(self.text_encoder(symbols_BT, before), ledger)
-        return self.byte_head(hidden_BTD)
+        return self.byte_head(self.hidden(self.text_encoder(symbols_BT, before), ledger))
 
     def step_counts(self) -> list[tuple[str, StepCounts]]:
         """The modules whose integer state moves once a step, with their qualified names."""

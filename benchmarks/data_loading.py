@@ -58,8 +58,6 @@ def main() -> None:
             "loader_workers": DECODE_TASKS,
             "loader_prefetch_slots": PREFETCH,
             "positions_a_slot": 16 * 1024,
-            "seconds": options.seconds,
-            "rounds": options.rounds,
             "RAY_worker_niceness": 0,
             "shards": ABOUT,
         },
@@ -70,8 +68,9 @@ def main() -> None:
         found = globals()[f"measure_{part}"](options)
         seconds = round(time.monotonic() - begin, 1)
         record[part] = found | {
+            "options": {key: getattr(options, key) for key in ("seconds", "rounds", "windows")},
             "load_average": {"before": load, "after": os.getloadavg()},
-            "seconds": seconds,
+            "took_s": seconds,
         }
         print(json.dumps({part: record[part]}, indent=1), flush=True)
         if options.out:
