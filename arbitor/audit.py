@@ -1,6 +1,7 @@
 """Proves that nothing persistent is float: `python -m arbitor.audit CONFIG`.
 
-Trains one step on made-up symbols, then lists every tensor that is still alive in the process. Bits
+Trains one step on made-up slots of every modality that the model has an encoder for, then lists
+every tensor that is still alive in the process. A run's own config.yaml says what it built. Bits
 per weight are 16.125 + 48/K + 16/N, and 48 bits a matrix for tensor moment and update count; 4 less
 with momentum of 4 bits, 2 less with latents of 6, 8/group_size more with group exponents. Under
 `bigint` they are 2 + 64/group_size + 16/K, and 64 bits a matrix for the step counter.
@@ -15,14 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from arbitor.audio_codec import NUM_CODES, NUM_LEVELS
 from arbitor.batch import SlotBatch
 from arbitor.errors import UserError
 from arbitor.kernel.ternary_scale import TernaryWeight
 from arbitor.main import ARBModel, ModelConfig
+from arbitor.modality import MODALITIES
 from arbitor.optimizer import TernaryOptimizer, UpdateConfig
 from arbitor.settings import build, read_yaml, section
 from arbitor.trainer import SlotRunner, train_step
-from arbitor.vocab import NUM_BYTES
+from arbitor.vocab import CONTENT_SYMBOLS, NUM_BYTES
 
 
 @dataclass(frozen=True)
@@ -65,12 +68,32 @@ def audit_command(arguments: list[str]) -> int:
 
 
 def one_step(model: ARBModel, config: UpdateConfig) -> TernaryOptimizer:
-    """Trains one step of one slot, so that everything which persists has come into being."""
-    optimizer = TernaryOptimizer(model, config, total_steps=1, slots_per_step=1, seed=0)
-    symbols = np.random.default_rng(0).integers(0, NUM_BYTES, (2, 17), dtype=np.uint16)
-    batch = SlotBatch.from_symbols(symbols, step=0, slot=0, source="audit", modality="text")
-    train_step(SlotRunner(model, optimizer), 0, [batch])
+    """Trains one step, of a slot a modality: then everything that persists has come into being."""
+    modalities = [name for name in MODALITIES if getattr(model.config, f"enable_{name}", False)]
+    slots = [made_up_slot(model.config, name, i) for i, name in enumerate(["text", *modalities])]
+    optimizer = TernaryOptimizer(model, config, total_steps=1, slots_per_step=len(slots), seed=0)
+    train_step(SlotRunner(model, optimizer), 0, slots)
     return optimizer
+
+
+def made_up_slot(config: ModelConfig, modality: str, slot: int) -> SlotBatch:
+    """Two sequences of random bytes; of the other modalities random content after them."""
+    random = np.random.default_rng(0)
+    symbols = random.integers(0, NUM_BYTES, (2, 17), dtype=np.uint16)
+    content = None
+    if modality == "audio":
+        content = random.integers(0, NUM_LEVELS, (2, 4, NUM_CODES), dtype=np.uint8)
+    elif modality != "text":
+        grid = getattr(config, modality)
+        shape = (2, grid.frames * grid.patches_per_frame, grid.patch_values)
+        content = random.integers(0, 256, shape, dtype=np.uint8)
+    if content is not None:
+        begin, place, end = CONTENT_SYMBOLS[modality]
+        shown = np.array([begin, *[place] * content.shape[1], end], np.uint16)
+        symbols = np.concatenate([symbols, np.tile(shown, (2, 1))], axis=1)
+    return SlotBatch.from_symbols(
+        symbols, step=0, slot=slot, source="audit", modality=modality, content=content
+    )
 
 
 def live_tensors(model: ARBModel) -> list[LiveTensor]:

@@ -27,6 +27,7 @@ class SlotBatch:
     targets_BT: Tensor  # int64, NO_TARGET where nothing is to be predicted
     # uint8: the k-th PATCH or AUDIO_FRAME of a sequence stands in row k; None for text and code.
     content_BPX: Tensor | None = None
+    step_and_slot_2: Tensor | None = None  # int32, beside content: what noise depends on
 
     @staticmethod
     def from_symbols(
@@ -45,8 +46,12 @@ class SlotBatch:
         """
         symbols = torch.from_numpy(symbols.astype(np.int64)).to(device)
         targets_BT = symbols[:, 1:].masked_fill(symbols[:, 1:] == PADDING, NO_TARGET)
-        content_BPX = None if content is None else torch.from_numpy(content).to(device)
-        return SlotBatch(step, slot, source, modality, symbols[:, :-1], targets_BT, content_BPX)
+        batch = SlotBatch(step, slot, source, modality, symbols[:, :-1], targets_BT)
+        if content is None:
+            return batch
+        step_and_slot = torch.tensor([step, slot], dtype=torch.int32, device=device)
+        content_BPX = torch.from_numpy(content).to(device)
+        return replace(batch, content_BPX=content_BPX, step_and_slot_2=step_and_slot)
 
     @property
     def signature(self) -> Hashable:

@@ -1,124 +1,41 @@
 """ARBModel: encoder -> VQ bridge -> trunk -> MoEGraph loop -> head; reads like the figure.
 
-`python -m arbitor.main CONFIG` prints a configuration's model, part by part.
-Shape letters: B sequences, T positions, D width, F feed-forward width, X = 2F, V symbols, C code
-width.
+`python -m arbitor.main CONFIG` prints a configuration's model, part by part; a size such as 150m
+prints the full text stack of that size.
+Shape letters: B sequences, T positions, D width, V symbols, C code width, X values of a place.
 """
 
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
 import torch
 from torch import Tensor, nn
 
-from arbitor.attention.context_attention import ContextAttention
-from arbitor.attention.kv_cache import CacheStep, KvLedger, LayerCache
-from arbitor.attention.mla import MultiHeadLatentAttention
+from arbitor.attention.kv_cache import KvLedger
 from arbitor.batch import SlotBatch
+from arbitor.encoder.audio import AudioEncoder
+from arbitor.encoder.image import ImageEncoder, to_values
+from arbitor.encoder.places import Places
 from arbitor.encoder.text import WINDOW, TextEncoder
+from arbitor.encoder.video import VideoEncoder
 from arbitor.errors import UserError
-from arbitor.graph import MessageReader, MoEGraph
+from arbitor.graph import MoEGraph
 from arbitor.head.byte import ByteHead
-from arbitor.kernel.matmul.quantize import ACTIVATIONS
+from arbitor.head.router import OutputRouter
+from arbitor.head.talker import TalkerHead
+from arbitor.head.video import VideoHead
 from arbitor.kernel.state_format import StateFormat
-from arbitor.kernel.ternary_scale import TernaryLinear, TernaryWeight
+from arbitor.kernel.ternary_scale import TernaryWeight
 from arbitor.loop import Loop
-from arbitor.loss import symbol_loss
+from arbitor.loss import ROUTER_WEIGHT, SlotLosses, symbol_loss, watch_gradient
+from arbitor.model_config import SIZES, ModelConfig
 from arbitor.model_table import model_table
-from arbitor.moe import MixtureOfExperts
 from arbitor.settings import build, read_yaml, section
 from arbitor.step_counts import StepCounts
-from arbitor.vq import CODE_WIDTH, MAX_CODES, VQBridge
+from arbitor.trunk import Block, LoopBlock
+from arbitor.vq import CODE_WIDTH, VQBridge
 
-# The dial of the sizes, (width, num_layers); the weights are those with attention and all parts.
-SIZES = {
-    "smoke": (128, 2),
-    "30m": (512, 9),
-    "150m": (1024, 12),
-    "1b": (2048, 20),
-    "3b": (3072, 27),
-}
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The shape of the model; `width` and `num_layers` are the dial."""
-
-    width: int = 256
-    num_layers: int = 4
-    enable_attention: bool = False
-    enable_vq: bool = False
-    enable_graph: bool = False
-    enable_moe: bool = False
-    enable_act: bool = False  # rounds of the loop per position instead of two
-    enable_output_router: bool = False
-    codebook_size: int = 4096
-    head_width: int = 64
-    rotary_width: int = 32
-    attention_window: int = 0  # exact positions that one sees; 0 = all: dense attention
-    hca_stride: int = 0  # positions before the window that become one; 0 = they are not seen
-    activation: str = "fp8"
-
-    @property
-    def num_heads(self) -> int:
-        return max(1, self.width // self.head_width)
-
-    @property
-    def latent_rank(self) -> int:
-        return self.width // 2
-
-    @property
-    def feed_forward_width(self) -> int:
-        """The widest multiple of 64 up to 8/3 of the width, as in SwiGLU models."""
-        return max(64, 8 * self.width // 3 // 64 * 64)
-
-    @property
-    def has_loop(self) -> bool:
-        return self.enable_graph or self.enable_moe
-
-    @property
-    def output_gain(self) -> float:
-        """Of what is added to the stream: two branches a layer keep its variance."""
-        return (2 * self.num_layers) ** -0.5
-
-    def validate(self) -> None:
-        if self.enable_output_router:
-            raise UserError("model: not built yet: OutputRouter; leave it disabled")
-        for name in ("width", "num_layers", "head_width", "rotary_width", "codebook_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name}: expected at least 1, got {getattr(self, name)}")
-        if self.enable_graph and not self.enable_vq:
-            raise UserError(
-                "model.enable_graph: its nodes are codes of the VQ bridge; set model.enable_vq"
-                " too, or give --no-graph"
-            )
-        if self.enable_act and not self.has_loop:
-            raise UserError(
-                "model.enable_act: it halts the loop over graph and experts; set model.enable_moe"
-                " or model.enable_graph too"
-            )
-        if self.codebook_size > MAX_CODES:
-            raise UserError(
-                f"model.codebook_size: the search is exact and takes at most {MAX_CODES} codes,"
-                f" got {self.codebook_size}"
-            )
-        if self.rotary_width % 2 or self.rotary_width >= self.head_width:
-            raise UserError(
-                f"model.rotary_width: expected an even number below head_width"
-                f" ({self.head_width}), got {self.rotary_width}"
-            )
-        if self.attention_window < 0 or self.hca_stride < 0:
-            raise UserError("model.attention_window, model.hca_stride: expected at least 0")
-        if self.hca_stride and not self.attention_window:
-            raise UserError(
-                "model.hca_stride: what lies before a window is compressed; set"
-                " model.attention_window, or hca_stride to 0 for dense attention"
-            )
-        if self.activation not in ACTIVATIONS:
-            raise UserError(
-                f"model.activation: expected one of {', '.join(ACTIVATIONS)},"
-                f" got {self.activation!r}"
-            )
+__all__ = ["SIZES", "ARBModel", "ModelConfig"]
 
 
 class ARBModel(nn.Module):
@@ -130,41 +47,85 @@ class ARBModel(nn.Module):
         format.check_activation(config.activation)
         self.config = config
         self.text_encoder = TextEncoder(config.width, config.activation)
+        self.image_encoder = self.audio_encoder = self.video_encoder = None
+        if config.enable_image:
+            self.image_encoder = ImageEncoder(config.image, config.width, config.activation)
+        if config.enable_audio:
+            self.audio_encoder = AudioEncoder(config.width)
+        if config.enable_video:
+            self.video_encoder = VideoEncoder(config.video, config.width, config.activation)
         self.vq_bridge = _vq_bridge(config) if config.enable_vq else None
         self.trunk = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.graph = MoEGraph(config.codebook_size, CODE_WIDTH) if config.enable_graph else None
         self.loop = _loop(config) if config.has_loop else None
         self.byte_head = ByteHead(config.width, config.activation)
+        self.talker_head = self.video_head = self.output_router = None
+        if config.enable_talker_head:
+            self.talker_head = TalkerHead(config.width, config.activation)
+        if config.enable_video_head:
+            self.video_head = _video_head(config, seed)
+        if config.enable_output_router:
+            self.output_router = OutputRouter(config.width, config.activation)
         for name, weight in self.ternary_weights():
             weight.initialize(seed, name, format)
 
     def forward(self, batch: SlotBatch) -> Tensor:
-        """Loss of one slot in nats per symbol, float32 scalar.
+        """Loss of one slot, float32 scalar: nats per byte, nats per code, velocity error summed."""
+        return self.losses(batch).loss
 
-        Auxiliary losses of the parts give their gradients and leave its value alone.
-        """
-        logits_BTV, auxiliary = self._run(batch.symbols_BT)
-        loss = symbol_loss(logits_BTV, batch.targets_BT)
-        for part_loss in auxiliary:
+    def losses(self, batch: SlotBatch) -> SlotLosses:
+        """The loss of a slot and the parts that it is the sum of."""
+        places = None if batch.content_BPX is None else Places.of(batch)
+        hidden_BTD, auxiliary = self.hidden(self.embed(batch, places))
+        hidden_BTD, gradient_rms = watch_gradient(hidden_BTD)
+        figures = {"trunk_gradient_rms": gradient_rms}
+        loss = symbol_loss(self.byte_head(hidden_BTD), batch.targets_BT)
+        figures["bytes"] = loss.detach()
+        content = None
+        if batch.modality == "audio" and self.talker_head is not None:
+            content = self.talker_head.loss(hidden_BTD, batch.targets_BT, places)
+        if batch.modality in ("image", "video") and self.video_head is not None:
+            content = self.video_head.loss(hidden_BTD, batch, places)
+        if content is not None:
+            loss, figures["content"] = loss + content, content.detach()
+        if places is not None and self.output_router is not None:
+            router = self.output_router.loss(
+                hidden_BTD,
+                batch.symbols_BT,
+                batch.targets_BT,
+                places,
+                self.config.patches_spoken_at_once(batch.modality),
+            )
+            loss = loss + ROUTER_WEIGHT * router.loss
+            figures["router"] = router.loss.detach()
+            figures["router_accuracy"] = router.accuracy
+            figures["router_majority"] = router.majority
+        for part_loss in auxiliary:  # gives its gradient and leaves the value alone
             loss = loss + (part_loss - part_loss.detach())
-        return loss
+        return SlotLosses(loss, figures)
 
-    def logits(self, symbols_BT: Tensor, ledger: KvLedger | None = None) -> Tensor:
-        """int64 [B, T] -> bfloat16 [B, T, V]: what comes after each symbol.
+    def embed(self, batch: SlotBatch, places: Places | None) -> Tensor:
+        """bfloat16 [B, T, D]: the content at its places, by the encoder of its modality, and the
+        symbols elsewhere."""
+        text_BTD = self.text_encoder(batch.symbols_BT)
+        if batch.modality == "image" and self.image_encoder is not None:
+            values_BTX = to_values(places.content())
+            return places.fill(text_BTD, self.image_encoder(values_BTX, places.number_BT))
+        if batch.modality == "video" and self.video_encoder is not None:
+            values_BTX = to_values(places.content())
+            return places.fill(text_BTD, self.video_encoder(values_BTX, places.number_BT))
+        if batch.modality == "audio" and self.audio_encoder is not None:
+            return places.fill(text_BTD, self.audio_encoder(places.content()))
+        return text_BTD
 
-        With a ledger the symbols go on where it ends, and it is moved on; it has reserved room.
-        """
-        return self._run(symbols_BT, ledger)[0]
-
-    def _run(
-        self, symbols_BT: Tensor, ledger: KvLedger | None = None
+    def hidden(
+        self, hidden_BTD: Tensor, ledger: KvLedger | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """Logits, and the auxiliary losses of the parts that have one."""
-        before, step, caches = None, None, [None] * len(self.trunk)
+        """What the heads read, bfloat16 [B, T, D], and the auxiliary losses of the parts."""
+        step, caches = None, [None] * len(self.trunk)
         if ledger is not None:
-            before, step, caches = ledger.embedded, ledger.step(symbols_BT.shape[1]), ledger.layers
+            step, caches = ledger.step(hidden_BTD.shape[1]), ledger.layers
         auxiliary, message_BTC = [], None
-        hidden_BTD = self.text_encoder(symbols_BT, before)
         if self.vq_bridge is not None:
             hidden_BTD, codes_BT, vq_loss = self.vq_bridge(hidden_BTD)
             auxiliary.append(vq_loss)
@@ -176,8 +137,17 @@ class ARBModel(nn.Module):
             hidden_BTD, ponder_cost = self.loop(hidden_BTD, message_BTC)
             auxiliary += [] if ponder_cost is None else [ponder_cost]
         if ledger is not None:
-            ledger.position += symbols_BT.shape[1]
-        return self.byte_head(hidden_BTD), auxiliary
+            ledger.position += hidden_BTD.shape[1]
+        return hidden_BTD, auxiliary
+
+    def logits(self, symbols_BT: Tensor, ledger: KvLedger | None = None) -> Tensor:
+        """int64 [B, T] of text or code -> bfloat16 [B, T, V]: what comes after each symbol.
+
+        With a ledger the symbols go on where it ends, and it is moved on; it has reserved room.
+        """
+        before = None if ledger is None else ledger.embedded
+        hidden_BTD, _ = self.hidden(self.text_encoder(symbols_BT, before), ledger)
+        return self.byte_head(hidden_BTD)
 
     def step_counts(self) -> list[tuple[str, StepCounts]]:
         """The modules whose integer state moves once a step, with their qualified names."""
@@ -209,72 +179,6 @@ class ARBModel(nn.Module):
         return [(n, m) for n, m in self.named_modules() if isinstance(m, TernaryWeight)]
 
 
-class Block(nn.Module):
-    """One layer of the trunk: context attention (optional), then a gated feed-forward."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.attention = _context_attention(config) if config.enable_attention else None
-        self.feed_forward = FeedForward(config)
-
-    def forward(
-        self, hidden_BTD: Tensor, cache: LayerCache | None = None, step: CacheStep | None = None
-    ) -> Tensor:
-        if self.attention is not None:
-            hidden_BTD = self.attention(hidden_BTD, cache, step)
-        return self.feed_forward(hidden_BTD)
-
-
-class FeedForward(nn.Module):
-    """SwiGLU (Shazeer 2020), D -> 2F -> F -> D, added to its input."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        width, inner = config.width, config.feed_forward_width
-        self.gate_and_up = TernaryLinear(width, 2 * inner, config.activation)
-        self.down = TernaryLinear(
-            inner, width, config.activation, gain=config.output_gain, gated=True
-        )
-
-    def forward(self, hidden_BTD: Tensor) -> Tensor:
-        gate_and_up_BTX, hidden_BTD = self.gate_and_up.fork(hidden_BTD)
-        return hidden_BTD + self.down(gate_and_up_BTX)
-
-
-def _context_attention(config: ModelConfig) -> ContextAttention:
-    mla = MultiHeadLatentAttention(
-        config.width,
-        config.num_heads,
-        config.head_width,
-        config.rotary_width,
-        config.latent_rank,
-        config.activation,
-        config.output_gain,
-    )
-    return ContextAttention(mla, config.attention_window, config.hca_stride)
-
-
-class LoopBlock(nn.Module):
-    """What one round of the loop adds: what the position reads of its message, then experts."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        shape = (config.activation, config.output_gain)
-        code_width = CODE_WIDTH if config.enable_graph else 0
-        self.read = MessageReader(config.width, code_width, *shape) if code_width else None
-        self.experts = (
-            MixtureOfExperts(config.width, code_width, *shape) if config.enable_moe else None
-        )
-
-    def forward(self, hidden_BTD: Tensor, message_BTC: Tensor | None) -> Tensor:
-        added_BTD = 0
-        if self.read is not None:
-            added_BTD = self.read(hidden_BTD, message_BTC)
-        if self.experts is not None:
-            added_BTD = added_BTD + self.experts(hidden_BTD + added_BTD, message_BTC)
-        return added_BTD
-
-
 def _vq_bridge(config: ModelConfig) -> VQBridge:
     return VQBridge(config.width, config.codebook_size, config.activation, config.output_gain)
 
@@ -283,11 +187,34 @@ def _loop(config: ModelConfig) -> Loop:
     return Loop(LoopBlock(config), config.width, config.activation, config.enable_act)
 
 
+def _video_head(config: ModelConfig, seed: int) -> VideoHead:
+    return VideoHead(
+        config.denoised_grids,
+        config.width,
+        config.video_head_layers,
+        config.head_width,
+        config.feed_forward_width,
+        config.activation,
+        seed,
+    )
+
+
+def full_text_stack(size: str) -> dict[str, int | bool]:
+    """The section `model` of a size of `SIZES` with everything that a text model has."""
+    width, num_layers = SIZES[size]
+    parts = {f"enable_{part}": True for part in ("attention", "vq", "graph", "moe")}
+    return {"width": width, "num_layers": num_layers} | parts
+
+
 def main(arguments: list[str]) -> str:
-    """The table of a configuration's model; nothing is computed."""
+    """The table of a configuration's or a size's model; nothing is computed."""
     if len(arguments) != 1:
-        raise UserError("expected one CONFIG file: python -m arbitor.main CONFIG")
-    values = read_yaml(arguments[0])
+        raise UserError(
+            "expected one CONFIG file or size: python -m arbitor.main CONFIG,"
+            f" or one of {', '.join(SIZES)}"
+        )
+    (named,) = arguments
+    values = {"model": full_text_stack(named)} if named in SIZES else read_yaml(named)
     config = build(ModelConfig, section(values, "model"), "model")
     update = section(values, "update")
     format_keys = {field.name for field in fields(StateFormat)} & update.keys()
@@ -300,4 +227,5 @@ if __name__ == "__main__":
     try:
         print(main(sys.argv[1:]))
     except UserError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

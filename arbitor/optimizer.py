@@ -22,6 +22,7 @@ from arbitor.kernel.latent_update.fixed_point import (
 from arbitor.kernel.latent_update.slots import quantize_exact
 from arbitor.kernel.latent_update.state import calibrate
 from arbitor.kernel.ternary_scale import TernaryWeight
+from arbitor.loss import FIGURES
 from arbitor.main import ARBModel
 from arbitor.update_rule import BigintRule, LatentRule, UpdateConfig
 
@@ -33,6 +34,7 @@ class UpdateReport:
     """What one step did, counted over all workers and weights."""
 
     losses: list[float]  # one a slot
+    figures: list[list[float]]  # of each slot, those of `arbitor.loss.FIGURES`
     flip_rate: float  # share of the weights whose trit changed
     zero_fraction: float  # share of the weights that are 0
     saturated_fraction: float  # share of the latents at their largest magnitude
@@ -87,7 +89,7 @@ class TernaryOptimizer:
         # Gradients of weights without exponents are kept as they are until the end of the step.
         self._first_gradients: dict[str, list[tuple[int, Tensor]]] = {}
         self._contributions = dict.fromkeys(self._updates, 0)
-        self._losses: dict[int, Tensor] = {}
+        self._losses: dict[int, Tensor] = {}  # a slot's loss, then its figures
         self._conversion.zero_()
         self._update_counts.zero_()
         self._slot_counts: dict[int, list[Tensor]] = {}  # by slot, as `take_counts` gave them
@@ -121,9 +123,18 @@ class TernaryOptimizer:
         """What the slot that has just run made each of the counting modules count."""
         return [module.take_counts() for _, module in self.counters]
 
-    def count_slot(self, slot: int, loss: Tensor, names: list[str], counts: list[Tensor]) -> None:
-        """Notes the loss of a slot, which weights got a gradient from it, and what it counted."""
-        self._losses[slot] = loss.detach().float()
+    def count_slot(
+        self,
+        slot: int,
+        loss: Tensor,
+        names: list[str],
+        counts: list[Tensor],
+        figures: Tensor | None = None,
+    ) -> None:
+        """Notes a slot: its loss and figures, the weights that got a gradient, what it counted."""
+        if figures is None:
+            figures = torch.full((len(FIGURES),), math.nan, device=self.device)
+        self._losses[slot] = torch.cat([loss.detach().float().view(1), figures])
         self._slot_counts[slot] = counts
         for name in names:
             self._contributions[name] += 1
@@ -135,7 +146,7 @@ class TernaryOptimizer:
     def step(self, step: int) -> UpdateReport:
         """Sums over the workers, updates every weight that got a gradient, starts the next step."""
         self._set_words(step)
-        losses = self._gather(step)
+        losses, figures = self._gather(step)
         touched = [pair for pair in self.weights if self._contributions[pair[0]]]
         active = [(name, weight) for name, weight in touched if self._is_ready(step, name, weight)]
         self._reduce(self._conversion)
@@ -148,29 +159,34 @@ class TernaryOptimizer:
         shares = [count / weights for count in self._update_counts.tolist()]
         converted = max(1, sum(self._contributions[n] * w.num_weights for n, w in active))
         self._start_step()
-        return UpdateReport(losses, *shares, clipped_fraction=clipped / converted, parts=parts)
+        return UpdateReport(
+            losses, figures, *shares, clipped_fraction=clipped / converted, parts=parts
+        )
 
-    def _gather(self, step: int) -> list[float]:
-        """The losses of all slots; makes the contributions those of all workers.
+    def _gather(self, step: int) -> tuple[list[float], list[list[float]]]:
+        """The losses and figures of all slots; makes the contributions those of all workers.
 
         A slot's loss comes from one worker, the others add 0: the sum of its bits copies it.
         """
         contributions = torch.tensor(list(self._contributions.values()), dtype=torch.int32)
-        gathered = torch.cat([self._loss_bits(), contributions.to(self.device)])
+        loss_bits = self._loss_bits()
+        gathered = torch.cat([loss_bits.flatten(), contributions.to(self.device)])
         self._reduce(gathered)
-        self._num_slots.copy_(gathered[self.slots_per_step :].unsqueeze(1))
+        self._num_slots.copy_(gathered[loss_bits.numel() :].unsqueeze(1))
         gathered = gathered.cpu()
-        losses = gathered[: self.slots_per_step].view(torch.float32).tolist()
+        rows = gathered[: loss_bits.numel()].view(torch.float32).view_as(loss_bits).tolist()
+        losses, figures = [row[0] for row in rows], [row[1:] for row in rows]
         bad = [slot for slot, loss in enumerate(losses) if not math.isfinite(loss)]
         if bad:
             raise NonFiniteError(f"step {step}: the loss of slot {bad[0]} is {losses[bad[0]]}")
-        counts = gathered[self.slots_per_step :].tolist()
+        counts = gathered[loss_bits.numel() :].tolist()
         self._contributions = dict(zip(self._updates, counts, strict=True))
-        return losses
+        return losses, figures
 
     def _loss_bits(self) -> Tensor:
-        """int32 [slots]: the float32 losses of this worker's slots, 0 elsewhere."""
-        bits = self._zeros(self.slots_per_step, dtype=torch.int32)
+        """int32 [slots, 1 + figures]: the float32 losses and figures of this worker's slots, 0
+        elsewhere."""
+        bits = self._zeros(self.slots_per_step, 1 + len(FIGURES), dtype=torch.int32)
         for slot, loss in self._losses.items():
             bits[slot] = loss.view(torch.int32)
         return bits

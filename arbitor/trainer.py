@@ -1,5 +1,6 @@
 """The training loop: an iterator of steps in, a report a step out. Knows no Ray."""
 
+import math
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import nullcontext
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from arbitor.batch import SlotBatch
 from arbitor.cuda_graph import Recording, can_record
+from arbitor.loss import FIGURES, LossWeight
 from arbitor.main import ARBModel
 from arbitor.optimizer import TernaryOptimizer, UpdateReport
 from arbitor.profiling import StepProfile
@@ -31,9 +33,10 @@ def train(
     steps: Iterable[tuple[int, list[SlotBatch]]],
     report: Callable[[StepReport], None],
     profile: StepProfile | None = None,
+    loss_weight: LossWeight | None = None,
 ) -> None:
     """Runs the steps in order; `steps` yields each step's number and this worker's slots of it."""
-    run_slot = SlotRunner(model, optimizer)
+    run_slot = SlotRunner(model, optimizer, loss_weight)
     iterator = iter(steps)
     while True:
         started = time.perf_counter()
@@ -62,46 +65,61 @@ class SlotRunner:
     first gradient are calibrated after it.
     """
 
-    def __init__(self, model: ARBModel, optimizer: TernaryOptimizer):
+    def __init__(
+        self,
+        model: ARBModel,
+        optimizer: TernaryOptimizer,
+        loss_weight: LossWeight | None = None,
+    ):
         self.model, self.optimizer = model, optimizer
+        self.loss_weight = loss_weight or LossWeight()
         self._touched: dict[Hashable, list[str]] = {}  # weights that slots of a shape train
         self._recorded: dict[Hashable, tuple[SlotBatch, Recording]] = {}
 
     def __call__(self, step: int, batch: SlotBatch) -> None:
         self.optimizer.begin_slot(step, batch.slot)
         if self._is_recordable(batch):
-            loss, counts = self._replay(batch)
+            loss, figures, counts = self._replay(batch)
         else:
-            loss, self._touched[batch.signature], counts = self._launch(batch)
-        self.optimizer.count_slot(batch.slot, loss, self._touched[batch.signature], counts)
+            loss, figures, counts, self._touched[batch.signature] = self._launch(batch)
+        names = self._touched[batch.signature]
+        self.optimizer.count_slot(batch.slot, loss, names, counts, figures)
 
-    def _launch(self, batch: SlotBatch) -> tuple[Tensor, list[str], list[Tensor]]:
-        loss = self.model(batch)
-        loss.backward()
+    def _launch(self, batch: SlotBatch) -> tuple[Tensor, Tensor, list[Tensor], list[str]]:
+        losses = self.model.losses(batch)
+        (losses.loss * self.loss_weight.of(batch.modality)).backward()
         names = self.optimizer.convert_gradients(batch.slot)
-        return loss.detach(), names, self.optimizer.take_counts()
+        counts = self.optimizer.take_counts()
+        return losses.loss.detach(), losses.figures_tensor(), counts, names
 
     def _is_recordable(self, batch: SlotBatch) -> bool:
         names = self._touched.get(batch.signature)
         calibrated = names is not None and self.optimizer.is_calibrated(names)
         return calibrated and can_record(batch.symbols_BT.device)
 
-    def _replay(self, batch: SlotBatch) -> tuple[Tensor, list[Tensor]]:
+    def _replay(self, batch: SlotBatch) -> tuple[Tensor, Tensor, list[Tensor]]:
         if batch.signature not in self._recorded:
             fixed = batch.copy()
             self._recorded[batch.signature] = fixed, Recording(lambda: self._launch(fixed))
         fixed, recording = self._recorded[batch.signature]
         fixed.copy_from(batch)
         recording.replay()
-        loss, _, counts = recording.result  # the next replay overwrites them
-        return loss.clone(), [count.clone() for count in counts]
+        loss, figures, counts, _ = recording.result  # the next replay overwrites them
+        return loss.clone(), figures.clone(), [count.clone() for count in counts]
 
 
 @torch.no_grad()
-def evaluate(model: ARBModel, slots: Iterator[SlotBatch]) -> float:
-    """Mean loss over held-out slots, each weighted by its number of targets."""
-    total, count = 0.0, 0
+def evaluate(model: ARBModel, slots: Iterator[SlotBatch]) -> dict[str, float]:
+    """Mean loss and figures over held-out slots, each weighted by its number of targets.
+
+    Without the figures that the slots do not have.
+    """
+    total, count = torch.zeros(1 + len(FIGURES), dtype=torch.float64), 0
     for batch in slots:
         targets = int((batch.targets_BT >= 0).sum())
-        total, count = total + model(batch).item() * targets, count + targets
-    return total / count
+        losses = model.losses(batch)
+        values = torch.cat([losses.loss.view(1), losses.figures_tensor()])
+        total, count = total + values.double().cpu() * targets, count + targets
+    means = dict(zip(("loss", *FIGURES), (total / count).tolist(), strict=True))
+    del means["trunk_gradient_rms"]  # there was no backward pass
+    return {name: mean for name, mean in means.items() if not math.isnan(mean)}

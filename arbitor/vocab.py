@@ -11,3 +11,9 @@ BEGIN_VIDEO, END_VIDEO = 260, 261
 BEGIN_AUDIO, END_AUDIO = 262, 263
 PATCH = 264  # the place of one patch of an image or a video frame
 AUDIO_FRAME = 265  # the place of one frame of audio codes
+
+CONTENT_SYMBOLS = {  # of each modality with content: begin, place, end
+    "image": (BEGIN_IMAGE, PATCH, END_IMAGE),
+    "audio": (BEGIN_AUDIO, AUDIO_FRAME, END_AUDIO),
+    "video": (BEGIN_VIDEO, PATCH, END_VIDEO),
+}

@@ -15,10 +15,13 @@ from arbitor.step_counts import StepCounts
 
 CODE_WIDTH = 64
 MAX_CODES = 65_536  # of an exact search
+START_GAIN = 1 / 8  # codes mean little at first: they start as a whisper, the scale is learned
 CODEBOOK_WEIGHT = 0.1  # pulls codes to the positions that chose them
 COMMITMENT_WEIGHT = 0.025  # pulls positions to their code
 USAGE_SHIFT = 6  # usage forgets 1/64 a step
-IDLE_STEPS = 64  # a code that no position chose in so many steps is replaced
+# A code is replaced that nobody chose in 8 steps and while the mean code was chosen 16 times.
+IDLE_CHOICES = 16
+IDLE_STEPS = 8
 SPLIT_SHARE = 16  # at most 1/16 of the codes are replaced in a step
 SPLIT_NOISE = 31  # latents of a split code move by at most so much: small trits flip
 _SEARCH_ELEMENTS = 1 << 24  # scores that exist at a time
@@ -35,7 +38,7 @@ class VQBridge(StepCounts):
         super().__init__()
         self.down = TernaryLinear(width, CODE_WIDTH, activation)
         self.codebook = TernaryEmbedding(num_codes, CODE_WIDTH)
-        self.up = TernaryLinear(CODE_WIDTH, width, activation, gain=output_gain)
+        self.up = TernaryLinear(CODE_WIDTH, width, activation, gain=output_gain * START_GAIN)
         self.register_buffer("usage", torch.zeros(num_codes, dtype=torch.int64))
         self.register_buffer("idle", torch.zeros(num_codes, dtype=torch.int32))
 
@@ -60,7 +63,7 @@ class VQBridge(StepCounts):
         forgotten_V = (self.usage + (1 << USAGE_SHIFT) - 1) >> USAGE_SHIFT
         self.usage.add_((count_V << USAGE_SHIFT) - forgotten_V)
         self.idle.add_(1).masked_fill_(count_V > 0, 0)
-        splits = self._split_codes(key)
+        splits = self._split_codes(counts_SL.numel(), key)
         share_V = count_V.double() / count_V.sum()
         return {
             "vq/perplexity": float(torch.special.entr(share_V).sum().exp()),
@@ -68,7 +71,7 @@ class VQBridge(StepCounts):
             "vq/splits": float(splits),
         }
 
-    def _split_codes(self, key: int) -> int:
+    def _split_codes(self, positions: int, key: int) -> int:
         """The i-th idle code becomes a copy, some trits flipped, of the i-th most used one.
 
         Only codes of twice the mean usage are split. Under the rule `bigint`, whose trits never
@@ -77,7 +80,8 @@ class VQBridge(StepCounts):
         if self.codebook.format.rule == "bigint":
             return 0
         num_codes = self.usage.numel()
-        idle = (self.idle >= IDLE_STEPS).nonzero().flatten()
+        idle_steps = max(IDLE_STEPS, -(-IDLE_CHOICES * num_codes // positions))
+        idle = (self.idle >= idle_steps).nonzero().flatten()
         usage_V, most_used = self.usage.sort(descending=True, stable=True)
         crowded = most_used[usage_V * num_codes >= 2 * usage_V.sum()]
         splits = min(idle.numel(), crowded.numel(), max(1, num_codes // SPLIT_SHARE))

@@ -53,14 +53,11 @@ def layout_of(config: MediaConfig) -> Layout:
         return patches.reshape(-1, patches.shape[-1])
 
     if isinstance(config, AudioConfig):
-        place_bytes = NUM_CODES
-        symbols = (vocab.BEGIN_AUDIO, vocab.AUDIO_FRAME, vocab.END_AUDIO)
-    elif isinstance(config, ImageConfig):
-        place_bytes = 3 * config.patch**2
-        symbols = (vocab.BEGIN_IMAGE, vocab.PATCH, vocab.END_IMAGE)
+        modality, place_bytes = "audio", NUM_CODES
     else:
+        modality = "image" if isinstance(config, ImageConfig) else "video"
         place_bytes = 3 * config.patch**2
-        symbols = (vocab.BEGIN_VIDEO, vocab.PATCH, vocab.END_VIDEO)
+    symbols = vocab.CONTENT_SYMBOLS[modality]
     return Layout(config.sequence_length, config.positions, place_bytes, *symbols, decode)
 
 

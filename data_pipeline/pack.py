@@ -17,7 +17,7 @@ from data_pipeline.decode.content import ContentError
 from data_pipeline.format.shard import MediaRow
 from data_pipeline.layout import Layout
 from data_pipeline.permutation import keyed_permutation
-from data_pipeline.row_id import media_row_ids, row_ids
+from data_pipeline.row_id import media_row_ids
 
 REASON_LENGTH = 200
 
@@ -93,6 +93,7 @@ def num_micro_batches(symbols: int, batch_size: int, sequence_length: int) -> in
 
 def pack_window(
     rows: Sequence[bytes],
+    ids: np.ndarray,
     batch_size: int,
     sequence_length: int,
     shuffle_key: tuple[str | int, ...] | None,
@@ -100,11 +101,11 @@ def pack_window(
     """Every byte of every row, and an END_OF_DOCUMENT after it, becomes a target exactly once.
 
     Rows are permuted, then, once packed, the sequences; both as `shuffle_key` says, None for not
-    at all. Rows of no bytes are left out.
+    at all. Rows of no bytes are left out. `ids` are those of `rows` (`row_id.row_ids`).
     """
     report = WindowReport(len(rows))
-    rows = [row for row in rows if row]
-    row_order = _order(len(rows), shuffle_key, "rows")
+    filled = np.array([i for i, row in enumerate(rows) if row], np.int64)
+    row_order = filled[_order(len(filled), shuffle_key, "rows")]
     rows = [rows[i] for i in row_order]
     lengths = np.array([len(row) + 1 for row in rows], np.int64)
     row_starts = np.concatenate([[0], np.cumsum(lengths)])
@@ -121,7 +122,7 @@ def pack_window(
     sequences = np.full((padded, sequence_length + 1), PADDING, np.uint16)
     overlapping = np.lib.stride_tricks.sliding_window_view(stream, sequence_length + 1)
     sequences[:num_sequences] = overlapping[::sequence_length][order]
-    return PackedWindow(sequences, order, row_ids(rows), row_starts, None, report)
+    return PackedWindow(sequences, order, ids[row_order], row_starts, None, report)
 
 
 def pack_media_window(

@@ -7,6 +7,8 @@ neither may ever change the data.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import numpy as np
+
 from arbitor.errors import UserError
 from data_pipeline.files import ShardError
 from data_pipeline.format.open_shard import open_shard
@@ -17,12 +19,13 @@ from data_pipeline.row_id import digest_of, join_digests, row_ids
 
 def read_segments(
     shards: Mapping[int, str], columns: Columns, segments: Sequence[Segment]
-) -> tuple[list[bytes], str]:
-    """The rows of text or code of `segments` in order, and the digest of what was read.
+) -> tuple[list[bytes], np.ndarray, str]:
+    """The rows of text or code of `segments` in order, their ids, and the digest of what was read.
 
     Raises ShardError naming the file whose rows are not those that were indexed.
     """
     rows: list[bytes] = []
+    ids = [np.empty(0, np.int64)]
     digests: list[str] = []
     shard, group_rows = _Shards(shards, "text", columns), {}
     for segment in segments:
@@ -32,10 +35,11 @@ def read_segments(
                 group = Group(segment.location, segment.length)
                 group_rows = {place: shard[segment.shard].read(group)}
         part = group_rows[place][segment.row_start : segment.row_stop]
-        digests.append(digest_of(row_ids(part)))
+        ids.append(row_ids(part))
+        digests.append(digest_of(ids[-1]))
         _check(shards[segment.shard], digests[-1], segment)
         rows += part
-    return rows, join_digests(digests)
+    return rows, np.concatenate(ids), join_digests(digests)
 
 
 def read_media_segments(

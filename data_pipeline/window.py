@@ -63,10 +63,9 @@ class WindowTask:
         Raises ShardError where they cannot be read as they were indexed.
         """
         if self.media is None:
-            rows, digest = read_segments(self.shards, self.columns, self.segments)
-            return pack_window(
-                rows, self.batch_size, self.sequence_length, self.shuffle_key
-            ), digest
+            rows, ids, digest = read_segments(self.shards, self.columns, self.segments)
+            window = pack_window(rows, ids, self.batch_size, self.sequence_length, self.shuffle_key)
+            return window, digest
         rows, digest = read_media_segments(self.shards, self.modality, self.columns, self.segments)
         layout = layout_of(self.media)
         places = list(_places(self.shards, self.segments))

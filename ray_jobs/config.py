@@ -9,8 +9,9 @@ from typing import Any, NoReturn
 from arbitor.errors import UserError
 from arbitor.kernel.backend import BACKENDS
 from arbitor.kernel.latent_update.slots import MAX_SLOTS
+from arbitor.loss import LossWeight
 from arbitor.main import ModelConfig
-from arbitor.modality import BYTE_MODALITIES, MODALITIES
+from arbitor.modality import MODALITIES
 from arbitor.optimizer import UpdateConfig
 from arbitor.settings import build, parse_value, read_yaml, set_value
 from data_pipeline.schema import DataConfig
@@ -60,6 +61,7 @@ class RunConfig:
     log_slots: bool = False  # write down the rows and a hash of every slot that a worker computed
     model: ModelConfig = field(default_factory=ModelConfig)
     update: UpdateConfig = field(default_factory=UpdateConfig)
+    loss_weight: LossWeight = field(default_factory=LossWeight)
     data: DataConfig = field(default_factory=DataConfig)
     scaling: Scaling = field(default_factory=Scaling)
     tracking: Tracking = field(default_factory=Tracking)
@@ -89,12 +91,6 @@ class RunConfig:
                 f"scaling.num_workers: {self.scaling.num_workers} workers cannot share"
                 f" {self.data.slots_per_step} slots a step; lower it or raise data.slots_per_step"
             )
-
-        for name, source in self.data.active_sources.items():
-            if source.modality not in BYTE_MODALITIES:
-                raise UserError(
-                    f"model: no encoder for {source.modality} yet; set data.sources.{name}.weight=0"
-                )
 
     @property
     def folder(self) -> Path:
@@ -137,14 +133,17 @@ def load_run_config(
 ) -> RunConfig:
     """The configuration that a job's command line asks for.
 
-    `defaults` stand in for the YAML file when none is named. The run's name is `--run`, else the
-    file's, else the job's.
+    `defaults` stand in for the YAML file when none is named; what they say of the model, the parts
+    that the job does without, holds with a file too, unless the file asks for them. The run's name
+    is `--run`, else the file's, else the job's.
     """
     options = _parser(job, about).parse_intermixed_args(arguments)
     files = [word for word in options.words if "=" not in word]
     if len(files) > 1:
         raise UserError(f"expected one CONFIG file, got {' and '.join(files)}")
     values = read_yaml(files[0]) if files else _copy(defaults)
+    if files and "model" in defaults:
+        values["model"] = _copy(defaults["model"]) | dict(values.get("model") or {})
     values.setdefault("name", Path(files[0]).stem if files else job)
     for word in options.words:
         if "=" in word:

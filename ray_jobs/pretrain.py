@@ -5,12 +5,11 @@ from ray_jobs.run import main
 DEFAULTS = {
     "data": {
         "sources": {
-            "text": {"modality": "text", "path": "sample://text", "weight": 0.6},
-            "code": {"modality": "code", "path": "sample://code", "weight": 0.4},
-            # Streamed as the others are, but the model has no encoders for them yet.
-            "image": {"modality": "image", "path": "sample://image", "weight": 0.0},
-            "audio": {"modality": "audio", "path": "sample://audio", "weight": 0.0},
-            "video": {"modality": "video", "path": "sample://video", "weight": 0.0},
+            "text": {"modality": "text", "path": "sample://text", "weight": 0.4},
+            "code": {"modality": "code", "path": "sample://code", "weight": 0.2},
+            "image": {"modality": "image", "path": "sample://image", "weight": 0.2},
+            "audio": {"modality": "audio", "path": "sample://audio", "weight": 0.1},
+            "video": {"modality": "video", "path": "sample://video", "weight": 0.1},
         }
     }
 }

@@ -22,6 +22,7 @@ from data_pipeline.manifest import changes, manifests_from_json, manifests_to_js
 from data_pipeline.run_data import RunData
 from ray_jobs.config import RunConfig, load_run_config
 from ray_jobs.console import Console
+from ray_jobs.construction import refuse_unbuilt, with_needed_parts
 from ray_jobs.journal import NAME as JOURNAL
 from ray_jobs.journal import JournalReader
 from ray_jobs.tracking import NOTE, Tracker, flatten, read_note
@@ -66,6 +67,7 @@ def exit_with_message(work: Callable[[], Any]) -> None:
 
 def run(config: RunConfig) -> None:
     """Trains to the last step, or goes on with an unfinished run of the same configuration."""
+    config = with_needed_parts(config)
     done = steps_done(config)
     if done >= config.steps:
         return say_finished(config, done)
@@ -120,6 +122,7 @@ def steps_done(config: RunConfig) -> int:
         return 0
     before = dict(flatten(build(RunConfig, read_yaml(path)).values()))
     now = dict(flatten(config.values()))
+    refuse_unbuilt(before, now, str(config.folder))
     changed = [
         f"{key} {before.get(key)!r} -> {now.get(key)!r}"
         for key in sorted(before | now)

@@ -4,11 +4,13 @@ Runs configs/smoke.yaml in a fresh folder through the same path as any run, then
 losses fell as they must; exits 1 if they did not.
 """
 
+import math
 import sys
 import time
 from pathlib import Path
 from statistics import mean
 
+from arbitor.modality import BYTE_MODALITIES
 from data_pipeline.statistics import unigram_entropy
 from ray_jobs.config import RunConfig, load_run_config
 from ray_jobs.journal import JournalReader, Record
@@ -36,7 +38,10 @@ def smoke(arguments: list[str]) -> None:
     if faults:
         print("smoke failed: " + "; ".join(faults), file=sys.stderr)
         sys.exit(1)
-    print("smoke passed: every source's loss fell below what its symbol counts alone would give")
+    print(
+        "smoke passed: every source's loss fell, those of text and code below what their symbol"
+        " counts alone would give"
+    )
 
 
 def judge(config: RunConfig, source: str, records: list[Record]) -> list[str]:
@@ -45,11 +50,13 @@ def judge(config: RunConfig, source: str, records: list[Record]) -> list[str]:
     if not losses:
         return [f"{source}: no step served it"]
     first, last = mean(losses[:5]), mean(losses[-max(1, len(losses) // 5) :])
-    entropy = unigram_entropy(open_run_data(config), source)
-    print(
-        f"{source}: loss {losses[0]:.3f} -> {losses[-1]:.3f} nats per symbol, {len(losses)} steps;"
-        f" mean of the last fifth {last:.3f}, unigram entropy of its data {entropy:.3f}"
-    )
+    line = f"{source}: loss {losses[0]:.3f} -> {losses[-1]:.3f}, {len(losses)} steps;"
+    line += f" mean of the last fifth {last:.3f}"
+    entropy = math.inf
+    if config.data.sources[source].modality in BYTE_MODALITIES:
+        entropy = unigram_entropy(open_run_data(config), source)
+        line += f", unigram entropy of its data {entropy:.3f}"
+    print(line)
     faults = []
     if last >= FALL * first:
         faults.append(f"{source}: {last:.3f} is not below {FALL} of its first losses ({first:.3f})")

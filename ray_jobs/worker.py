@@ -27,6 +27,7 @@ from arbitor.checkpoint import (
     read_manifest,
 )
 from arbitor.kernel.backend import set_backend
+from arbitor.loss import FIGURES
 from arbitor.main import ARBModel
 from arbitor.modality import BYTE_MODALITIES
 from arbitor.optimizer import TernaryOptimizer
@@ -80,7 +81,8 @@ def run_worker(values: dict[str, Any]) -> None:
     profile = None
     if config.profile and rank == 0:
         profile = StepProfile(min(start + PROFILED_STEP, config.steps - 1), config.folder / PROFILE)
-    train(model, optimizer, by_step(slots, device), recorder or ignore, profile)
+    steps = by_step(slots, device)
+    train(model, optimizer, steps, recorder or ignore, profile, config.loss_weight)
     if recorder:
         recorder.close()
 
@@ -208,15 +210,10 @@ class Recorder:
 
     def step_metrics(self, report: StepReport) -> dict[str, float]:
         """Losses of the sources that the step served, and how it went."""
-        losses: dict[str, list[float]] = defaultdict(list)
-        for slot in self.data.plan.step(report.step):
-            losses[slot.source].append(report.update.losses[slot.slot])
-        all_losses = report.update.losses
         data = self.config.data
         positions = data.slots_per_step * data.batch_size * data.sequence_length
         return {
-            "loss/total": math.fsum(all_losses) / len(all_losses),
-            **{f"loss/{source}": math.fsum(v) / len(v) for source, v in losses.items()},
+            **self.loss_metrics(report),
             **self.data_metrics(),
             "throughput/positions_per_s": positions / report.seconds,
             "throughput/data_wait_pct": 100 * report.data_wait_seconds / report.seconds,
@@ -226,6 +223,30 @@ class Recorder:
             "ternary/clipped_fraction": report.update.clipped_fraction,
             **report.update.parts,
         }
+
+    def loss_metrics(self, report: StepReport) -> dict[str, float]:
+        """`loss/total` is weighted, all others are as they are; means over the slots of the step.
+
+        `parts/<source>/<figure>` where the loss has several parts.
+        """
+        values: dict[str, list[float]] = defaultdict(list)
+        weighted = []
+        for slot in self.data.plan.step(report.step):
+            loss, modality = report.update.losses[slot.slot], self.modality_of(slot.source)
+            weighted.append(loss * self.config.loss_weight.of(modality))
+            values[f"loss/{slot.source}"].append(loss)
+            values[f"loss_by_modality/{modality}"].append(loss)
+            figures = dict(zip(FIGURES, report.update.figures[slot.slot], strict=True))
+            values[f"trunk_gradient_rms/{modality}"].append(figures.pop("trunk_gradient_rms"))
+            if modality not in BYTE_MODALITIES:
+                for name, value in figures.items():
+                    values[f"parts/{slot.source}/{name}"].append(value)
+        means = {key: math.fsum(v) / len(v) for key, v in values.items()}
+        means = {key: mean for key, mean in means.items() if not math.isnan(mean)}
+        return {"loss/total": math.fsum(weighted) / len(weighted)} | means
+
+    def modality_of(self, source: str) -> str:
+        return self.config.data.sources[source].modality
 
     def data_metrics(self) -> dict[str, float]:
         """Bad rows by source as all workers know of them now, cut captions as this one does."""
@@ -240,10 +261,12 @@ class Recorder:
         device = next(self.model.buffers()).device
         for source, slots in self._held_out.items():
             if slots.result():
-                loss = evaluate(self.model, (to_batch(slot, device) for slot in slots.result()))
-                metrics[f"validation/{source}"] = loss
-                if self.config.data.sources[source].modality in BYTE_MODALITIES:
-                    metrics[f"bits_per_byte/{source}"] = loss / math.log(2)
+                means = evaluate(self.model, (to_batch(slot, device) for slot in slots.result()))
+                metrics[f"validation/{source}"] = means.pop("loss")
+                if self.modality_of(source) in BYTE_MODALITIES:
+                    metrics[f"bits_per_byte/{source}"] = means["bytes"] / math.log(2)
+                else:
+                    metrics |= {f"validation_parts/{source}/{k}": v for k, v in means.items()}
         return metrics
 
     def save(self, done: int) -> None:

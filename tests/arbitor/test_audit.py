@@ -9,6 +9,7 @@ from arbitor.kernel.state_format import StateFormat
 from arbitor.kernel.ternary_scale import TernaryWeight
 from arbitor.main import ARBModel, ModelConfig
 from arbitor.optimizer import UpdateConfig
+from tests.arbitor.content_slots import ALL_PARTS
 
 CONFIG = """
 steps: 3
@@ -48,6 +49,16 @@ def test_lists_every_tensor_and_finds_no_float(rule, tmp_path, capsys):
     model = ARBModel(MODEL, 0, StateFormat(rule=rule))
     assert all(name in printed for name in model.state_dict())
     assert "weights" in printed and "FLOAT" not in printed
+
+
+def test_nothing_of_any_modality_is_float():
+    model = ARBModel(ALL_PARTS, seed=0)
+    optimizer = one_step(model, UpdateConfig(warmup_steps=1))
+    tensors = live_tensors(model)
+    assert not [tensor for tensor in tensors if tensor.is_float]
+    for name, weight in model.ternary_weights():
+        assert int(weight.num_updates) == 1, f"{name} was not trained"
+    del optimizer
 
 
 @pytest.mark.parametrize("where", ["buffer", "attribute", "optimizer"])

@@ -1,5 +1,7 @@
 """Steps whose launches are recorded and replayed leave the bits of steps launched one by one."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,9 @@ from arbitor.trainer import SlotRunner, train_step
 CONFIG = ModelConfig(
     width=192, num_layers=2, enable_attention=True, attention_window=32, hca_stride=8
 )
+FULL = replace(
+    CONFIG, enable_vq=True, enable_graph=True, enable_moe=True, enable_act=True, codebook_size=64
+)
 STEPS = 5
 
 
@@ -27,12 +32,12 @@ def make_batch(step, slot):
     )
 
 
-def trained(slots, options):
+def trained(slots, options, model_config=CONFIG):
     torch.use_deterministic_algorithms(True)
     set_backend("triton")
     config = UpdateConfig(warmup_steps=2, **options)
     with torch.device("cuda"):
-        model = ARBModel(CONFIG, 0, config)
+        model = ARBModel(model_config, 0, config)
     optimizer = TernaryOptimizer(model, config, total_steps=STEPS, slots_per_step=slots, seed=0)
     run_slot = SlotRunner(model, optimizer)
     reports = [
@@ -56,11 +61,20 @@ def trained(slots, options):
     ids=str,
 )
 def test_recorded_steps_leave_the_bits_of_launched_ones(options, slots, monkeypatch):
-    recorded, reports, recordings = trained(slots, options)
+    assert_recorded_as_launched(slots, options, CONFIG, monkeypatch)
+
+
+@pytest.mark.gpu
+def test_recorded_steps_of_the_full_stack_count_as_launched_ones(monkeypatch):
+    assert_recorded_as_launched(3, {}, FULL, monkeypatch)
+
+
+def assert_recorded_as_launched(slots, options, model_config, monkeypatch):
+    recorded, reports, recordings = trained(slots, options, model_config)
     assert recordings == 3
     for module in (optimizer_module, trainer_module):
         monkeypatch.setattr(module, "can_record", lambda device: False)
-    launched, expected_reports, recordings = trained(slots, options)
+    launched, expected_reports, recordings = trained(slots, options, model_config)
     assert recordings == 0
     assert reports == expected_reports
     for (name, left), right in zip(recorded.state_dict().items(), launched.buffers(), strict=True):

@@ -120,6 +120,7 @@ def name_of(stack):
 def stack(request, monkeypatch):
     """Model and options of the update; idle codes are split at once, so that it happens."""
     monkeypatch.setattr(vq, "IDLE_STEPS", 1)
+    monkeypatch.setattr(vq, "IDLE_CHOICES", 1)
     return request.param
 
 
@@ -172,6 +173,7 @@ def test_a_run_goes_on_from_its_checkpoint_to_the_same_bits(stack, tmp_path):
 
 def test_the_state_of_the_parts_moves_once_a_step_and_is_in_the_checkpoint(monkeypatch):
     monkeypatch.setattr(vq, "IDLE_STEPS", 1)
+    monkeypatch.setattr(vq, "IDLE_CHOICES", 1)
     model = ARBModel(FULL, 0)
     optimizer, integers = make_optimizer(model, slots=2), ("usage", "score", "balance_bias")
     run_slot = SlotRunner(model, optimizer)

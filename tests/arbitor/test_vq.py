@@ -105,6 +105,15 @@ def test_an_idle_code_becomes_a_nearby_copy_of_the_most_used_one(format):
     assert abs(int(bridge.usage[3] - bridge.usage[5])) <= 1 and bridge.idle[5] == 0
 
 
+@pytest.mark.parametrize(("positions", "steps"), [(64, 8), (32, 16), (31, 17)])
+def test_a_code_is_idle_when_the_mean_code_was_chosen_16_times_meanwhile(positions, steps):
+    bridge = make_bridge()  # of 32 codes
+    splits = [
+        bridge.apply(torch.full((1, positions), 3), key=step)["vq/splits"] for step in range(steps)
+    ]
+    assert splits[:-1] == [0] * (steps - 1) and splits[-1] == 1
+
+
 def test_codes_are_not_split_where_trits_never_move():
     bridge = make_bridge(rule="bigint")
     bridge.idle[5] = IDLE_STEPS

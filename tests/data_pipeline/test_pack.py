@@ -32,7 +32,7 @@ def test_a_window_unpacks_into_its_rows(shuffle_key):
         rows = [rng.randbytes(rng.choice([0, 1, 5, 40])) for _ in range(rng.randint(1, 30))]
         rows.append(b"at least one")
         batch_size, length = rng.randint(1, 4), rng.randint(1, 20)
-        window = pack_window(rows, batch_size, length, shuffle_key)
+        window = pack_window(rows, row_ids(rows), batch_size, length, shuffle_key)
         symbols = sum(len(row) + 1 for row in rows if row)
         count = num_micro_batches(symbols, batch_size, length)
         assert window.sequences.shape == (count * batch_size, length + 1)

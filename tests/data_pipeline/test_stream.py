@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import time
 from contextlib import nullcontext
 
 import pytest
@@ -13,7 +14,14 @@ from data_pipeline.plan import WindowKey
 from data_pipeline.run_data import read_slots
 from data_pipeline.schema import SourceConfig
 from data_pipeline.stream import StreamError, stream_slots
-from tests.data_pipeline.media_shards import SHAPE, five_sources, media_rows, write_media_parquet
+from tests.data_pipeline.media_shards import (
+    SHAPE,
+    five_sources,
+    media_data,
+    media_rows,
+    write_media_parquet,
+    write_tar,
+)
 from tests.data_pipeline.shards import (
     numbered_rows,
     row_numbers,
@@ -238,6 +246,21 @@ def test_a_shard_that_changed_stops_the_stream(data, tmp_path):
     write_parquet(tmp_path / "rows.parquet", numbered_rows(300, "other"))
     with pytest.raises(ShardError, match="rows.parquet: changed since it was indexed"):
         list(stream_slots(data, 0, 60, 0, 1))
+
+
+@pytest.mark.parametrize("ending", ["parquet", "tar"])
+def test_a_shard_removed_during_the_run_stops_it_soon(tmp_path, ending):
+    path = tmp_path / f"removed \N{SNOWMAN}.{ending}"
+    write = {"parquet": write_media_parquet, "tar": write_tar}[ending]
+    write(path, media_rows("image", 64), "image")
+    data = media_data(path, "image", tmp_path / "storage")
+    slots = stream_slots(data, 0, 1_000_000, 0, 1)
+    assert next(slots).row_ids.size
+    path.unlink()
+    begin = time.monotonic()
+    with pytest.raises(ShardError, match="removed .* cannot be read .* restore it"):
+        list(slots)
+    assert time.monotonic() - begin < 30
 
 
 def test_tasks_are_plain_data(data):

@@ -1,0 +1,350 @@
+"""What the stream of slots gives and costs, against a torch DataLoader over the same windows.
+
+    python -m benchmarks.data_loading --out benchmarks/results/FILE.json
+
+- throughput: slots of one modality as fast as they come, in turns with the DataLoader, whose worker
+  processes read and slice the same windows of the same plan with the same decoders; as many of them
+  as the stream has decode tasks. CPU is that of all processes, which other load changes less.
+- wait: share of the time spent in waiting for a slot while one thread multiplies matrices for
+  100 ms a slot.
+- first: seconds from the call of a worker's function to its first slot, on a Ray just started, and
+  in a worker that takes the place of a killed one.
+- memory: what only the worker's process has, as windows go by.
+- spill: bytes that Ray's object store wrote to disk under the smoke configuration.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import ray
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from benchmarks.data_shards import ABOUT, small_windows, timed_data
+from benchmarks.timing import environment
+from data_pipeline.index import index_sources
+from data_pipeline.pack import PackedSlot, slice_micro_batch
+from data_pipeline.run_data import RunData
+from data_pipeline.stream import stream_slots
+from ray_jobs.config import load_run_config
+
+DECODE_TASKS = 2  # and workers of the DataLoader
+PREFETCH = 8  # slots, of each worker of the DataLoader
+ENDLESS = 10_000_000  # steps
+COMPUTE_S = 0.1
+MIX = {"text": 0.6, "image": 0.25, "audio": 0.1, "video": 0.05}
+PARTS = ("throughput", "wait", "first", "memory", "spill")
+
+
+def main() -> None:
+    options = parse()
+    record = {
+        "environment": environment() | {"ray": ray.__version__, "cpus": os.cpu_count()},
+        "settings": {
+            "decode_tasks": DECODE_TASKS,
+            "loader_workers": DECODE_TASKS,
+            "loader_prefetch_slots": PREFETCH,
+            "positions_a_slot": 16 * 1024,
+            "seconds": options.seconds,
+            "rounds": options.rounds,
+            "RAY_worker_niceness": 0,
+            "shards": ABOUT,
+        },
+    }
+    torch.set_num_threads(1)
+    for part in options.parts:
+        load, begin = os.getloadavg(), time.monotonic()
+        found = globals()[f"measure_{part}"](options)
+        seconds = round(time.monotonic() - begin, 1)
+        record[part] = found | {
+            "load_average": {"before": load, "after": os.getloadavg()},
+            "seconds": seconds,
+        }
+        print(json.dumps({part: record[part]}, indent=1), flush=True)
+        if options.out:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            before = json.loads(options.out.read_text()) if options.out.exists() else {}
+            options.out.write_text(json.dumps(before | record, indent=1) + "\n")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
+    parser.add_argument("--modalities", nargs="+", default=list(ABOUT), choices=list(ABOUT))
+    parser.add_argument("--seconds", type=float, default=15, help="of each timing")
+    parser.add_argument("--rounds", type=int, default=3, help="timings of each way in turn")
+    parser.add_argument("--windows", type=int, default=100_000, help="of the memory part")
+    parser.add_argument("--data", type=Path, default=Path("/tmp/data-loading"), help="shards")
+    parser.add_argument("--out", type=Path, help="parts already in it and not run now are kept")
+    return parser.parse_args()
+
+
+@contextmanager
+def local_ray() -> Iterator[None]:
+    """Its processes as nice as this one and the DataLoader's: by default they yield to others."""
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  as Ray spells it
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def measure_throughput(options: argparse.Namespace) -> dict[str, Any]:
+    rows = {}
+    with local_ray():
+        for modality in options.modalities:
+            data = timed_data(options.data, {modality: 1.0}, DECODE_TASKS)
+            assert data.windows
+            rounds = []
+            for _ in range(options.rounds):
+                rounds.append({"load_average": os.getloadavg()[0]})
+                for name, ways in (("stream", stream), ("loader", loader)):
+                    rounds[-1][name] = steady(lambda d=data, w=ways: w(d), options.seconds)
+            rows[modality] = {"ratio": ratios(rounds), "rounds": rounds}
+            rows[modality]["spilled"] = spilled()
+            print(modality, json.dumps(rows[modality]), flush=True)
+    return rows
+
+
+def ratios(rounds: list[dict[str, Any]]) -> dict[str, float]:
+    """Of medians over the rounds: how much faster the stream is, and how much CPU it takes."""
+
+    def middle(way: str, key: str) -> float:
+        return median(r[way][key] for r in rounds)
+
+    return {
+        "slots_per_s": round(middle("stream", "slots_per_s") / middle("loader", "slots_per_s"), 3),
+        "cpu_s_per_slot": round(
+            middle("stream", "cpu_s_per_slot") / middle("loader", "cpu_s_per_slot"), 3
+        ),
+    }
+
+
+Slots = Iterator[tuple[torch.Tensor, torch.Tensor | None]]
+
+
+def stream(data: RunData) -> Slots:
+    slots = stream_slots(data, 0, ENDLESS, 0, 1)
+    try:
+        yield from map(as_tensors, slots)
+    finally:
+        slots.close()
+
+
+def loader(data: RunData) -> Slots:
+    """Another process start than by fork: this process has threads of Ray."""
+    loaded = DataLoader(
+        Windows(data),
+        batch_size=None,
+        num_workers=DECODE_TASKS,
+        prefetch_factor=PREFETCH,
+        multiprocessing_context="spawn",
+    )
+    yield from loaded
+
+
+class Windows(IterableDataset):
+    """Every n-th window of the plan, sliced into slots: worker w of n starts with window w."""
+
+    def __init__(self, data: RunData):
+        self._data = data
+
+    def __iter__(self) -> Slots:
+        worker = get_worker_info()
+        torch.set_num_threads(1)
+        keys = self._data.plan.windows(0, ENDLESS, 0, 1)
+        for key in islice(keys, worker.id, None, worker.num_workers):
+            task = self._data.task(key)
+            window, _ = task.read()
+            for i in range(len(window.sequences) // task.batch_size):
+                symbols, row_ids, content = slice_micro_batch(window, i, task.batch_size)
+                slot = PackedSlot(0, i, key.source, task.modality, symbols, row_ids, content)
+                yield as_tensors(slot)
+
+
+def as_tensors(slot: PackedSlot) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """symbols [B, T + 1], content [B, P, X]."""
+    content = None if slot.content is None else torch.from_numpy(slot.content)
+    return torch.from_numpy(slot.symbols), content
+
+
+def steady(begin: Callable[[], Slots], seconds: float) -> dict[str, float]:
+    """Rates over `seconds`, after a third of that as a warm-up."""
+    slots = begin()
+    next(slots)
+    warm = time.monotonic() + seconds / 3
+    while time.monotonic() < warm:
+        next(slots)
+    count, targets, cpu, start = 0, 0, cpu_seconds(), time.monotonic()
+    while time.monotonic() < start + seconds:
+        symbols, _ = next(slots)
+        count += 1
+        targets += symbols.shape[0] * (symbols.shape[1] - 1)
+    elapsed, cpu = time.monotonic() - start, cpu_seconds() - cpu
+    slots.close()
+    return {
+        "slots_per_s": round(count / elapsed, 2),
+        "megapositions_per_s": round(targets / elapsed / 1e6, 3),  # of text: MB/s
+        "cpu_s_per_slot": round(cpu / count, 5),
+        "cores_used": round(cpu / elapsed, 2),
+    }
+
+
+def cpu_seconds() -> float:
+    """Of this process and all below it, the ended ones included."""
+    fields = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields[int(path.parent.name)] = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+
+    def is_ours(pid: int) -> bool:
+        while pid != os.getpid() and pid in fields:
+            pid = int(fields[pid][1])
+        return pid == os.getpid()
+
+    ticks = sum(sum(map(int, fields[pid][11:15])) for pid in fields if is_ours(pid))
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def measure_wait(options: argparse.Namespace) -> dict[str, Any]:
+    rows = {}
+    with local_ray():
+        for name, weights in {"image": {"image": 1.0}, "mix": MIX}.items():
+            slots = stream(timed_data(options.data, weights, DECODE_TASKS))
+            run(slots, 4 * options.seconds / 3)
+            rows[name] = {"weights": weights, **run(slots, 2 * options.seconds)}
+            slots.close()
+    return rows
+
+
+def run(slots: Slots, seconds: float) -> dict[str, float]:
+    """Slots for so long, each with 100 ms of matmuls on this thread."""
+    a = torch.randn(256, 256)
+    waited, count, longest, start = 0.0, 0, 0.0, time.monotonic()
+    while time.monotonic() < start + seconds:
+        begin = time.monotonic()
+        next(slots)
+        ready = time.monotonic()
+        while time.monotonic() < ready + COMPUTE_S:
+            a @ a
+        waited, longest, count = waited + ready - begin, max(longest, ready - begin), count + 1
+    elapsed = time.monotonic() - start
+    return {
+        "wait_pct": round(100 * waited / elapsed, 3),
+        "longest_wait_s": round(longest, 4),
+        "slots": count,
+    }
+
+
+def measure_first(options: argparse.Namespace) -> dict[str, Any]:
+    """Twice a Ray of its own: workers are actors, as those of Ray Train are."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        data = smoke_data(Path(folder))
+        for _ in range(2):
+            with local_ray():
+                rows.append({"cold_s": first_slot(data), "restart_s": []})
+                rows[-1]["restart_s"] = [first_slot(data) for _ in range(4)]
+    return {"starts": rows}
+
+
+def first_slot(data: RunData) -> float:
+    """Of an actor in a process of its own, which is then killed."""
+
+    class Worker:
+        def pid(self) -> int:
+            import benchmarks.data_loading  # noqa: F401  as train functions come: by name
+
+            return os.getpid()
+
+        def first(self, data: RunData) -> float:
+            begin = time.monotonic()
+            next(stream_slots(data, 0, 1000, 0, 1))
+            return time.monotonic() - begin
+
+    worker = ray.remote(num_cpus=1)(Worker).remote()
+    pid = ray.get(worker.pid.remote())
+    seconds = ray.get(worker.first.remote(data))
+    os.kill(pid, signal.SIGKILL)
+    return round(seconds, 2)
+
+
+def smoke_data(folder: Path) -> RunData:
+    """The smoke run's data, with a weight for every modality."""
+    config = load_run_config("pretrain", ["configs/smoke.yaml"], {}, "").data
+    sources = {name: replace(source, weight=0.2) for name, source in config.sources.items()}
+    config = replace(config, sources=sources, batch_size=8)
+    return RunData(config, index_sources(config, folder), seed=0)
+
+
+def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
+    """Megabytes that no other process shares, every tenth of the way."""
+
+    def watch(data: RunData, windows: int) -> list[list[float]]:
+        found, count, begin = [], 0, time.monotonic()
+        for slot in stream_slots(data, 0, ENDLESS, 0, 1):
+            count += slot.opened is not None
+            if slot.opened is not None and count % (windows // 20) == 0:
+                seconds = round(time.monotonic() - begin, 1)
+                found.append([count, round(private_bytes() / 1e6, 1), seconds])
+            if count == windows:
+                return found
+        raise AssertionError("unreachable")
+
+    with tempfile.TemporaryDirectory() as folder, local_ray():
+        data = small_windows(Path(folder))
+        found = ray.get(ray.remote(num_cpus=1)(watch).remote(data, options.windows))
+    by_count = {count: megabytes for count, megabytes, _ in found}
+    early = by_count[options.windows // 10]
+    return {
+        "windows_megabytes_seconds": found,
+        "last_to_tenth": round(by_count[options.windows] / early, 3),
+    }
+
+
+def private_bytes() -> int:
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
+
+
+def measure_spill(options: argparse.Namespace) -> dict[str, Any]:
+    """All of a smoke run's slots and some more, Ray's settings left alone."""
+    with tempfile.TemporaryDirectory() as folder, local_ray():
+        data = smoke_data(Path(folder))
+        count = sum(1 for _ in stream_slots(data, 0, 300, 0, 1))
+        return {"slots": count, "spilled": spilled()}
+
+
+def spilled() -> str:
+    """What Ray says of objects that it wrote to disk since it started."""
+    address = ray.get_runtime_context().gcs_address
+    command = [Path(sys.executable).with_name("ray"), "memory", "--stats-only"]
+    said = subprocess.run(
+        [*command, "--address", address], capture_output=True, text=True, check=True
+    ).stdout
+    assert "Plasma memory usage" in said, said
+    lines = [line for line in said.splitlines() if line.startswith("Spilled")]
+    return lines[0] if lines else "nothing"
+
+
+if __name__ == "__main__":
+    # The module's own functions travel to other processes by name, those of __main__ by value.
+    from benchmarks import data_loading
+
+    data_loading.main()
