@@ -13,6 +13,7 @@ from arbitor.main import ARBModel
 from arbitor.settings import build
 from data_pipeline.run_data import read_slots
 from ray_jobs.config import Resume, RunConfig
+from ray_jobs.construction import with_needed_parts
 from ray_jobs.journal import JournalReader
 from ray_jobs.run import run
 from ray_jobs.worker import CHECKPOINTS, open_run_data
@@ -32,9 +33,15 @@ VALUES = {
         "sequence_length": 32,
         "slots_per_step": 6,
         "eval_slots": 2,
+        "image": {"size": 16, "patch": 8, "sequence_length": 32},
+        "audio": {"seconds_max": 0.3, "sequence_length": 32},
+        "video": {"size": 8, "patch": 8, "num_frames": 2, "sequence_length": 32},
         "sources": {
             "text": {"path": "sample://text", "weight": 0.6},
             "code": {"path": "sample://code", "modality": "code", "weight": [[0, 0.2], [20, 0.6]]},
+            "image": {"path": "sample://image", "modality": "image", "weight": 0.3},
+            "audio": {"path": "sample://audio", "modality": "audio", "weight": 0.2},
+            "video": {"path": "sample://video", "modality": "video", "weight": 0.3},
         },
     },
     "scaling": {"threads_per_worker": 1},
@@ -48,7 +55,7 @@ def storage(tmp_path_factory):
 
 def make_config(storage, name, profile=False, **scaling):
     values = VALUES | {"name": name, "storage": str(storage), "profile": profile}
-    values["model"] = values["model"] | {"enable_attention": True}
+    values["model"] = values["model"] | {"enable_attention": True, "enable_output_router": True}
     return build(RunConfig, values | {"scaling": VALUES["scaling"] | scaling})
 
 
@@ -88,7 +95,8 @@ def logged_slots(config):
 def test_one_and_two_workers_end_with_the_same_bits(one_worker, two_workers):
     one, two = hashes(final_tensors(one_worker)), hashes(final_tensors(two_workers))
     assert one == two
-    start = hashes(ARBModel(one_worker.model, one_worker.seed).state_dict())
+    model = with_needed_parts(one_worker).model
+    start = hashes(ARBModel(model, one_worker.seed).state_dict())
     assert all(one[name] != start[name] for name in one if name.endswith(".latent"))
 
 
@@ -142,13 +150,16 @@ def test_mlflow_has_one_run_with_one_point_a_step(one_worker, storage):
     assert run_info.data.params["model.width"] == "64"
     assert run_info.data.params["data.sources.code.weight"] == "[[0.0, 0.2], [20.0, 0.6]]"
     plan = open_run_data(one_worker).plan
-    for source in ("text", "code"):
+    for source in VALUES["data"]["sources"]:
         served = [s + 1 for s in range(STEPS) if any(p.source == source for p in plan.step(s))]
         history = client.get_metric_history(note["run_id"], f"loss/{source}")
         assert [point.step for point in history] == served
     totals = client.get_metric_history(note["run_id"], "loss/total")
     assert [point.step for point in totals] == list(range(1, STEPS + 1))
     assert totals[-1].value < totals[0].value
+    routed = client.get_metric_history(note["run_id"], "parts/image/router_accuracy")
+    assert len(routed) > STEPS / 2
+    assert "parts/text/router_accuracy" not in run_info.data.metrics
     validation = client.get_metric_history(note["run_id"], "validation/text")
     assert [point.step for point in validation] == [10, 20]
 
