@@ -101,7 +101,7 @@ MISTAKES = {
     "empty file": ("text --text-data {empty}", "empty.txt is empty"),
     "no shards": ("text --text-data {folder}", "no shards in folder"),
     "corrupt Parquet": ("text --text-data {broken}", "broken.parquet: not a readable Parquet"),
-    "no weight": ("pretrain --text-weight 0 --code-weight 0", "data.sources: .*weight"),
+    "no weight": ("text --text-weight 0", "data.sources: .*weight"),
     "no batch": ("text --batch 0", "data.batch_size: .*1"),
     "too many workers": ("text scaling.num_workers=9", "9 workers cannot share 4 slots"),
     "graph without codes": (

@@ -15,6 +15,7 @@ from arbitor.main import ARBModel
 from arbitor.settings import build
 from data_pipeline.run_data import read_slots
 from ray_jobs.config import Resume, RunConfig
+from ray_jobs.construction import with_needed_parts
 from ray_jobs.journal import JournalReader
 from ray_jobs.run import run
 from ray_jobs.worker import CHECKPOINTS, open_run_data
@@ -35,9 +36,15 @@ VALUES = {
         "sequence_length": 32,
         "slots_per_step": 6,
         "eval_slots": 2,
+        "image": {"size": 16, "patch": 8, "sequence_length": 32},
+        "audio": {"seconds_max": 0.3, "sequence_length": 32},
+        "video": {"size": 8, "patch": 8, "num_frames": 2, "sequence_length": 32},
         "sources": {
             "text": {"path": "sample://text", "weight": 0.6},
             "code": {"path": "sample://code", "modality": "code", "weight": [[0, 0.2], [20, 0.6]]},
+            "image": {"path": "sample://image", "modality": "image", "weight": 0.3},
+            "audio": {"path": "sample://audio", "modality": "audio", "weight": 0.2},
+            "video": {"path": "sample://video", "modality": "video", "weight": 0.3},
         },
     },
     "scaling": {"threads_per_worker": 1},
@@ -51,9 +58,10 @@ def storage(tmp_path_factory):
 
 def make_config(storage, name, profile=False, **scaling):
     values = VALUES | {"name": name, "storage": str(storage), "profile": profile}
-    parts = {f"enable_{part}": True for part in ("attention", "vq", "graph", "moe", "act")}
-    parts |= {"codebook_size": 64, "attention_window": 8, "hca_stride": 4}
-    values["model"] = values["model"] | parts
+    parts = ("attention", "vq", "graph", "moe", "act", "output_router")
+    model = {f"enable_{part}": True for part in parts}
+    model |= {"codebook_size": 64, "attention_window": 8, "hca_stride": 4}
+    values["model"] = values["model"] | model
     return build(RunConfig, values | {"scaling": VALUES["scaling"] | scaling})
 
 
@@ -93,7 +101,8 @@ def logged_slots(config):
 def test_one_and_two_workers_end_with_the_same_bits(one_worker, two_workers):
     one, two = hashes(final_tensors(one_worker)), hashes(final_tensors(two_workers))
     assert one == two
-    start = hashes(ARBModel(one_worker.model, one_worker.seed).state_dict())
+    model = with_needed_parts(one_worker).model
+    start = hashes(ARBModel(model, one_worker.seed).state_dict())
     assert all(one[name] != start[name] for name in one if name.endswith(".latent"))
 
 
@@ -107,11 +116,11 @@ def test_the_same_run_again_ends_with_the_same_bits_profiled_or_not(one_worker, 
 
 
 def test_losses_do_not_depend_on_the_number_of_workers(one_worker, two_workers):
-    timed = ("throughput/", "checkpoint/")
-
     def metrics(config):
+        # Speed, and the captions that the first worker cut, are its own.
+        own = ("throughput/", "checkpoint/", "data/truncated_captions/")
         return [
-            {key: v for key, v in record.metrics.items() if not key.startswith(timed)}
+            {key: v for key, v in record.metrics.items() if not key.startswith(own)}
             for record in JournalReader(config.folder).read()
         ]
 
@@ -149,7 +158,7 @@ def test_mlflow_has_one_run_with_one_point_a_step(one_worker, storage):
     assert run_info.data.params["model.width"] == "64"
     assert run_info.data.params["data.sources.code.weight"] == "[[0.0, 0.2], [20.0, 0.6]]"
     plan = open_run_data(one_worker).plan
-    for source in ("text", "code"):
+    for source in VALUES["data"]["sources"]:
         served = [s + 1 for s in range(STEPS) if any(p.source == source for p in plan.step(s))]
         history = client.get_metric_history(note["run_id"], f"loss/{source}")
         assert [point.step for point in history] == served
@@ -159,6 +168,9 @@ def test_mlflow_has_one_run_with_one_point_a_step(one_worker, storage):
     samples = [f.path for f in client.list_artifacts(note["run_id"], "samples")]
     assert samples == ["samples/step-00000010.txt", "samples/step-00000020.txt"]
     assert (one_worker.folder / samples[1]).read_text().startswith("--- 1\n")
+    routed = client.get_metric_history(note["run_id"], "parts/image/router_accuracy")
+    assert len(routed) > STEPS / 2
+    assert "parts/text/router_accuracy" not in run_info.data.metrics
     validation = client.get_metric_history(note["run_id"], "validation/text")
     assert [point.step for point in validation] == [10, 20]
 
