@@ -19,7 +19,7 @@ START_GAIN = 1 / 8  # codes mean little at first: they start as a whisper, the s
 CODEBOOK_WEIGHT = 0.1  # pulls codes to the positions that chose them
 COMMITMENT_WEIGHT = 0.025  # pulls positions to their code
 USAGE_SHIFT = 6  # usage forgets 1/64 a step
-# A code that no position chose while the mean code was chosen 16 times, and in 8 steps, is replaced.
+# A code that nobody chose while the mean code was chosen 16 times, and in 8 steps, is replaced.
 IDLE_CHOICES = 16
 IDLE_STEPS = 8
 SPLIT_SHARE = 16  # at most 1/16 of the codes are replaced in a step
