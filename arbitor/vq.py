@@ -17,7 +17,8 @@ CODE_WIDTH = 64
 MAX_CODES = 65_536  # of an exact search
 START_GAIN = 1 / 8  # codes mean little at first: they start as a whisper, the scale is learned
 CODEBOOK_WEIGHT = 0.1  # pulls codes to the positions that chose them
-COMMITMENT_WEIGHT = 0.025  # pulls positions to their code
+# Pulls positions to their code; more than a little draws all to a few codes.
+COMMITMENT_WEIGHT = 0.0005
 USAGE_SHIFT = 6  # usage forgets 1/64 a step
 # A code is replaced that nobody chose in 8 steps and while the mean code was chosen 16 times.
 IDLE_CHOICES = 16
