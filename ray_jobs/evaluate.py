@@ -41,10 +41,12 @@ def main(arguments: list[str]) -> None:
         if not batches:
             print(f"{source}: no held-out rows")
             continue
-        loss = evaluate(model, iter(batches))
-        line = f"{source}: {loss:.4f} nats per symbol"
+        means = evaluate(model, iter(batches))
+        line = f"{source}: loss {means.pop('loss'):.4f}"
         if config.data.sources[source].modality in BYTE_MODALITIES:
-            line += f", {loss / math.log(2):.4f} bits per byte"
+            line += f" nats per symbol, {means['bytes'] / math.log(2):.4f} bits per byte"
+        else:
+            line += "".join(f", {name} {mean:.4f}" for name, mean in means.items())
         print(f"{line}, over {len(batches)} slots")
 
 
