@@ -143,7 +143,7 @@ def train_and_judge(rule, trainer, lr, seed, options, train_bytes, held_out) -> 
         "seed": seed,
         "steps": options.steps,
         "weights": num_weights(model),
-        "validation": round(evaluate(model, held_out), 5),
+        "validation": round(evaluate(model, held_out)["loss"], 5),
         "seconds": round(trained - started, 1),
         "curve": curve,
     }

@@ -189,7 +189,7 @@ def learn(steps, **options):
     """The model before and after, and its held-out loss."""
     start, model = (ARBModel(TINY, 0, UpdateConfig(**options)) for _ in range(2))
     train(model, make_optimizer(model, slots=2, steps=steps, **options), range(steps), range(2))
-    return start, model, evaluate(model, [make_batch(10**6, slot) for slot in range(8)])
+    return start, model, evaluate(model, [make_batch(10**6, slot) for slot in range(8)])["loss"]
 
 
 def trit_pairs(start, model):
