@@ -16,6 +16,7 @@ from ray.train.torch import TorchTrainer
 
 from arbitor.checkpoint import newest_checkpoint, read_manifest
 from arbitor.errors import UserError
+from arbitor.modality import BYTE_MODALITIES
 from arbitor.settings import build, read_yaml, write_yaml
 from data_pipeline.index import index_sources
 from data_pipeline.manifest import changes, manifests_from_json, manifests_to_json
@@ -213,11 +214,11 @@ def closing_lines(config: RunConfig, tracking_uri: str) -> str:
     lines = [
         f"{len(records)} steps done; loss {first['loss/total']:.4f} -> {last['loss/total']:.4f}"
     ]
-    lines += [
-        f"{key.replace('/', ' of ')}: {value:.4f} nats per symbol"
-        for key, value in last.items()
-        if key.startswith("validation/")
-    ]
+    for source in config.data.active_sources:
+        if f"validation/{source}" in last:
+            is_bytes = config.data.sources[source].modality in BYTE_MODALITIES
+            unit = " nats per symbol" if is_bytes else ", the sum of its parts"
+            lines.append(f"validation of {source}: {last[f'validation/{source}']:.4f}{unit}")
     lines.append(f"run folder: {config.folder}")
     if config.profile:
         lines.append(f"profile:    {config.folder / PROFILE}")

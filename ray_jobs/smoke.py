@@ -1,4 +1,4 @@
-"""The whole product in half a minute: `python -m ray_jobs.smoke [key.path=value ...] [flags]`.
+"""The whole product in a minute: `python -m ray_jobs.smoke [key.path=value ...] [flags]`.
 
 Runs configs/smoke.yaml in a fresh folder through the same path as any run, then says whether the
 losses fell as they must; exits 1 if they did not.
