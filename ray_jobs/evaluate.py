@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> None:
             print(f"{source}: no held-out rows")
             continue
         means = evaluate(model, iter(batches))
-        line = f"{source}: loss {means.pop('loss'):.4f}"
+        line = f"{source}: {means.pop('loss'):.4f}"
         if config.data.sources[source].modality in BYTE_MODALITIES:
             line += f" nats per symbol, {means['bytes'] / math.log(2):.4f} bits per byte"
         else:
