@@ -9,7 +9,7 @@ from data_pipeline.manifest import Segment
 from data_pipeline.pack import PackedWindow, pack_media_window, pack_window
 from data_pipeline.plan import WindowKey
 from data_pipeline.read import read_media_segments, read_segments
-from data_pipeline.row_id import join_digests, media_row_ids, row_ids
+from data_pipeline.row_id import join_digests, media_row_ids
 
 # Read, decoded and packed in about 100 ms by one core, whichever of the last two is reached first.
 TEXT_BYTES_PER_COST = 8 << 20
@@ -50,8 +50,7 @@ class WindowTask:
     def row_places(self) -> dict[int, tuple[str, int]]:
         """Shard and number of each row by its id, as the index counts rows. Reads the rows."""
         if self.media is None:
-            rows, _ = read_segments(self.shards, self.columns, self.segments)
-            ids = row_ids(rows)
+            _, ids, _ = read_segments(self.shards, self.columns, self.segments)
         else:
             rows, _ = read_media_segments(self.shards, self.modality, self.columns, self.segments)
             ids = media_row_ids(rows)

@@ -120,10 +120,9 @@ def test_the_classic_flags_of_the_light_text_run():
         (["--steps", "many"], "steps: .* got 'many'"),
         (["--stepz", "3"], "unrecognized arguments: --stepz"),
         (["--backend", "cuda"], "backend: expected one of auto, torch, triton"),
-        (["--text-weight", "0", "--code-weight", "0"], "data.sources: .* weight above 0"),
         (
-            ["--image-weight", "0.1"],
-            "model: no encoder for image yet; set data.sources.image.weight=0",
+            [word for m in MODALITIES for word in (f"--{m}-weight", "0")],
+            "data.sources: .* weight above 0",
         ),
         (["scaling.num_workers=5"], "5 workers cannot share 4 slots a step"),
         (["data.slots_per_step=1000"], "data.slots_per_step: expected at most 516 .* got 1000"),
