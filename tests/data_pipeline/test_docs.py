@@ -30,6 +30,6 @@ def test_the_commands_of_the_docs_run(tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
         outputs.append(done.stdout)
     assert re.search(r"^clean: all \d,\d+ rows can be decoded$", outputs[1], re.M)
-    mix = re.search(r"^Mix:\n.*\n(.*\n.*\n.*\n)", outputs[2], re.M)[1]
+    mix = re.search(r"^Mix:\n.*\n((?:.+\n)+)", outputs[2], re.M)[1]
     assert mix in text, "the docs show another plan"
     assert (tmp_path / "preview" / "index.md").exists()
