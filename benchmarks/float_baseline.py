@@ -91,8 +91,11 @@ def make_adamw(model: ARBModel, lr: float, fused: bool = False) -> torch.optim.A
 class FloatTrainer:
     """Trains one float model again and again, from fresh weights: it is compiled once."""
 
-    def __init__(self, config: ModelConfig, rule: str, options: argparse.Namespace):
+    def __init__(
+        self, config: ModelConfig, rule: str, update: UpdateConfig, options: argparse.Namespace
+    ):
         self.config, self.rule, self.options = config, rule, options
+        self.schedule = update.schedule
         self.model = self._fresh(seed=0)
         self.loss = torch.compile(self.model) if options.compile else self.model
 
@@ -105,10 +108,9 @@ class FloatTrainer:
         options = self.options
         self.model.load_state_dict(self._fresh(seed).state_dict())
         optimizer = make_adamw(self.model, lr, fused=options.device == "cuda")
-        schedule = UpdateConfig(warmup_steps=options.warmup).schedule
         for step in range(options.steps):
             for group in optimizer.param_groups:
-                group["lr"] = lr * schedule(step, options.steps) / 65536
+                group["lr"] = lr * self.schedule(step, options.steps) / 65536
             for batch in slots(step):
                 (self.loss(batch) / options.slots).backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)

@@ -12,6 +12,7 @@ import lzma
 import time
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,7 +43,7 @@ def main() -> None:
     results = []
     for rule in options.rules:
         rates = options.latent_rate if rule in VARIANTS else options.lr
-        trainer = None if rule in VARIANTS else FloatTrainer(model_config(options), rule, options)
+        trainer = None if rule in VARIANTS else float_trainer(rule, options)
 
         def run(rate, seed, rule=rule, trainer=trainer):
             return train_and_judge(rule, trainer, rate, seed, options, train_bytes, held_out)
@@ -53,27 +54,37 @@ def main() -> None:
         results += [*first, *others]
         print_summary(rule, best["lr"], [best, *others])
     if options.out:
-        settings = {key: str(value) for key, value in vars(options).items()}
-        record = {"environment": environment(), "options": settings, "runs": results}
+        chosen = {key: str(value) for key, value in vars(options).items()}
+        record = {"environment": environment(), "options": chosen, "runs": results}
         options.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--held-out", type=float, default=0.1, help="share of the file, at its end")
+    parser = parser_of(__doc__)
     rules = [*VARIANTS, *RULES]
     parser.add_argument("--rules", nargs="+", default=["latent", "ste"], choices=rules)
     parser.add_argument("--lr", nargs="+", type=float, default=[2e-3, 4e-3, 8e-3])
     parser.add_argument("--latent-rate", nargs="+", type=float, default=[3.0])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--attention", action="store_true")
-    parser.add_argument("--activation", default="fp8")
     parser.add_argument(
         "--model", nargs="+", default=[], metavar="KEY=VALUE", help="more of the section model"
     )
+    parser.add_argument(
+        "--update", nargs="+", default=[], metavar="KEY=VALUE", help="more of the section update"
+    )
+    parser.add_argument("--compile", action="store_true", help="torch.compile the AdamW rules")
+    return parser.parse_args()
+
+
+def parser_of(about: str) -> argparse.ArgumentParser:
+    """The options of every comparison of training runs: data, shapes, schedule, device."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--held-out", type=float, default=0.1, help="share of the file, at its end")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--activation", default="fp8")
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--slots", type=int, default=4, help="slots a step")
     parser.add_argument("--sequences", type=int, default=4, help="sequences a slot")
@@ -83,9 +94,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--backend", default="auto")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the AdamW rules")
     parser.add_argument("--out", type=Path, help="also write the runs here, as JSON")
-    return parser.parse_args()
+    return parser
 
 
 def model_config(options: argparse.Namespace) -> ModelConfig:
@@ -95,8 +105,22 @@ def model_config(options: argparse.Namespace) -> ModelConfig:
         "enable_attention": options.attention,
         "activation": options.activation,
     }
-    more = (setting.split("=", 1) for setting in options.model)
-    return build(ModelConfig, values | {key: parse_value(text) for key, text in more}, "model")
+    return build(ModelConfig, values | settings(options.model), "model")
+
+
+def float_trainer(rule: str, options: argparse.Namespace) -> FloatTrainer:
+    return FloatTrainer(model_config(options), rule, update_config(options), options)
+
+
+def update_config(options: argparse.Namespace, **values: Any) -> UpdateConfig:
+    values = {"warmup_steps": options.warmup} | values | settings(options.update)
+    return build(UpdateConfig, values, "update")
+
+
+def settings(assignments: list[str]) -> dict[str, Any]:
+    """The values of KEY=VALUE texts."""
+    pairs = (assignment.split("=", 1) for assignment in assignments)
+    return {key: parse_value(text) for key, text in pairs}
 
 
 def split(options: argparse.Namespace) -> tuple[np.ndarray, list[SlotBatch]]:
@@ -133,6 +157,8 @@ def training_slots(data, seed: int, step: int, options) -> list[SlotBatch]:
 def train_and_judge(rule, trainer, lr, seed, options, train_bytes, held_out) -> dict:
     """One training run; its final validation loss in nats per byte."""
     started = time.perf_counter()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
 
     def slots(step):
         return training_slots(train_bytes, seed, step, options)
@@ -152,6 +178,7 @@ def train_and_judge(rule, trainer, lr, seed, options, train_bytes, held_out) -> 
         "weights": num_weights(model),
         "validation": round(evaluate(model, held_out)["loss"], 5),
         "seconds": round(trained - started, 1),
+        "peak_memory_gib": peak_memory_gib(),
         "curve": curve,
     }
     print(json.dumps({key: value for key, value in result.items() if key != "curve"}), flush=True)
@@ -160,7 +187,7 @@ def train_and_judge(rule, trainer, lr, seed, options, train_bytes, held_out) -> 
 
 def train_ternary(rule, rate, seed, options, slots) -> tuple[ARBModel, list[dict]]:
     """The product's model and optimizer; the curve shows how the latents spread."""
-    config = UpdateConfig(latent_rate=rate, warmup_steps=options.warmup, **VARIANTS[rule])
+    config = update_config(options, latent_rate=rate, **VARIANTS[rule])
     with torch.device(options.device):
         model = ARBModel(model_config(options), seed, config)
     optimizer = TernaryOptimizer(
@@ -185,6 +212,13 @@ def train_ternary(rule, rate, seed, options, slots) -> tuple[ARBModel, list[dict
                 }
             )
     return model, curve
+
+
+def peak_memory_gib() -> float | None:
+    """Of the training since the last reset; None where there is no GPU."""
+    if not torch.cuda.is_available():
+        return None
+    return round(torch.cuda.max_memory_allocated() / 2**30, 2)
 
 
 def num_weights(model: ARBModel) -> int:
