@@ -58,7 +58,6 @@ ATTENTION_TILES = [
 ]
 ATTENTION_TILES += [triton_attention.Tile(m, n, 8, 2) for m, n in ((128, 128), (256, 64))]
 ATTENTION_TILES += [triton_attention.Tile(32, 64, 4, s) for s in (2, 3, 4)]
-ATTENTION_TILES += [triton_attention.Tile(64, 64, 4, s, 168) for s in (2, 3)]
 
 
 def main() -> None:

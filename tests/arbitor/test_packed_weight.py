@@ -67,6 +67,10 @@ def test_few_positions_read_the_plane_itself(positions, path, activation, monkey
     linear.initialize(0, "linear")
     linear.pack()
     x = torch.randn(positions, 100).bfloat16().to(DEVICE)
+    if activation == "int8":
+        # Whole codes: random ones come so near to the border of two that backends differ by one.
+        x = torch.randint(-127, 128, (positions, 100)).bfloat16().to(DEVICE)
+        x[:, 0] = 127
     with torch.no_grad():
         backend.set_backend("torch")
         expected = linear.to(DEVICE)(x).float()

@@ -10,6 +10,7 @@ from arbitor.kernel.attention.tile_triton import (
     compressed_keys,
     exact_keys,
     exact_start,
+    load_rows,
     load_tile,
     store_tile,
 )
@@ -18,15 +19,19 @@ from arbitor.kernel.triton_numeric import dot, loop_bound, nearest
 
 @triton.jit
 def attention_forward_kernel(
-    query_desc,
+    query_ptr,
     key_desc,
     value_desc,
     compressed_key_desc,
     compressed_value_desc,
     out_desc,
     log2_sum_ptr,
+    T,
     N,
     S,
+    stride_qb,
+    stride_qt,
+    stride_qn,
     LOG2_SCALE: tl.constexpr,
     H: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -39,7 +44,7 @@ def attention_forward_kernel(
     b, n = tl.program_id(1) // N, tl.program_id(1) % N
     first_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     m = first_m + tl.arange(0, BLOCK_M)
-    query = load_tile(query_desc, b, first_m, n, H, BLOCK_M)
+    query = load_rows(query_ptr, b, first_m, n, T, stride_qb, stride_qt, stride_qn, H, BLOCK_M)
     out = tl.zeros((BLOCK_M, H), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     low = m * 0

@@ -25,8 +25,12 @@ def store_tile(desc, b, first, n, x, H: tl.constexpr, BLOCK: tl.constexpr):
 def load_rows(
     ptr, b, first, n, length, stride_b, stride_t, stride_n, H: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """The same through pointers: a left operand that was loaded so stays in shared memory, where a
-    reshaped tile would take registers during the whole loop."""
+    """The same through pointers: a left operand that was loaded so stays in shared memory.
+
+    A reshaped tile would lie in registers during the whole loop, and ptxas (Triton 3.6, sm_90) gives
+    these to the left operand of a second matmul too: from the second block on the first one read the
+    wrong numbers.
+    """
     ptr += b.to(tl.int64) * stride_b + first.to(tl.int64) * stride_t + n * stride_n
     row = tl.arange(0, BLOCK)[:, None]
     return tl.load(

@@ -28,13 +28,12 @@ class Tile(NamedTuple):
     block_n: int
     num_warps: int
     num_stages: int
-    registers: int | None = None
 
 
 # By the largest head width that they serve.
-FORWARD = {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 2)}
-BACKWARD_QUERY = {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2)}
-BACKWARD_KEY = {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 2)}
+FORWARD = {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 3)}
+BACKWARD_QUERY = {64: Tile(64, 64, 4, 3), 128: Tile(128, 64, 8, 3)}
+BACKWARD_KEY = {64: Tile(32, 64, 4, 3), 128: Tile(64, 64, 4, 2)}
 
 # The tensor memory accelerator reads from addresses that are multiples of 16 bytes.
 _ALIGNMENT = 8
@@ -78,12 +77,14 @@ def attention_forward(
     log2_sum_BNS = torch.empty(B, N, S, dtype=torch.float32, device=query_BTNH.device)
     tile = _choose(FORWARD, H)
     attention_forward_kernel[(S // tile.block_m, B * N)](
-        _tiles(query_BTNH, tile.block_m),
+        query_BTNH,
         *_key_tiles(key_BTNH, value_BTNH, compressed, tile.block_n),
         _tiles(out_BTNH, tile.block_m),
         log2_sum_BNS,
+        T,
         N,
         S,
+        *query_BTNH.stride()[:3],
         HAS_COMPRESSED=bool(compressed),
         **_constants(H, tile, visible),
     )
@@ -200,5 +201,4 @@ def _constants(H: int, tile: Tile, visible: Visible) -> dict[str, float]:
         "BLOCK_N": tile.block_n,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
-        "maxnreg": tile.registers,
     }
