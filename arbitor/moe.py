@@ -9,7 +9,10 @@ Shape letters: B sequences, T positions, M = B T, D width, C code width, E exper
 X = 2 F, S slots of a step.
 """
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from arbitor.kernel.swiglu.reference import swiglu_backward, swiglu_forward
@@ -46,11 +49,11 @@ class MixtureOfExperts(StepCounts):
         routed = hidden_BTD
         if message_BTC is not None:
             routed = torch.cat([hidden_BTD, message_BTC], dim=-1)
-        score_ME = self.router(routed).flatten(0, 1).float().sigmoid()
-        chosen_ME = choose_experts(score_ME.detach(), self.balance_bias)
+        logit_ME = self.router(routed).flatten(0, 1).float()
+        chosen_ME = choose_experts(logit_ME.detach().sigmoid(), self.balance_bias)
         self.count(chosen_ME.sum(dim=0))
-        gate_ME = score_ME * chosen_ME
-        return gate_ME / gate_ME.sum(dim=-1, keepdim=True)
+        # Score over the sum of the chosen scores, in logarithms: two scores may both be 0.
+        return F.logsigmoid(logit_ME).masked_fill(~chosen_ME, -math.inf).softmax(dim=-1)
 
     def apply(self, counts_SL: Tensor, key: int) -> dict[str, float]:
         """Takes the load of every expert in every slot; the bias moves towards the mean load."""

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from arbitor.batch import SlotBatch
-from arbitor.kernel.backend import path_counts, set_backend
+from arbitor.kernel.backend import clear_path_counts, path_counts, set_backend
 from arbitor.kernel.ternary_scale import TernaryEmbedding
 from arbitor.main import ARBModel, ModelConfig
 from arbitor.optimizer import TernaryOptimizer, UpdateConfig
@@ -78,6 +78,7 @@ def time_rule(
     torch.use_deterministic_algorithms(rule == "latent")
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.cuda.reset_peak_memory_stats()
+    clear_path_counts()
     batches = [make_batch(i, positions, options.length) for i in range(4)]
     step, weights = prepare(rule, config)
     for i in range(WARMUP_STEPS):

@@ -76,6 +76,6 @@ def assert_recorded_as_launched(slots, options, model_config, monkeypatch):
         monkeypatch.setattr(module, "can_record", lambda device: False)
     launched, expected_reports, recordings = trained(slots, options, model_config)
     assert recordings == 0
-    assert reports == expected_reports
+    assert [*map(str, reports)] == [*map(str, expected_reports)]  # as text: NaN is NaN
     for (name, left), right in zip(recorded.state_dict().items(), launched.buffers(), strict=True):
         assert torch.equal(left, right), name

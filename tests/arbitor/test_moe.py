@@ -52,6 +52,21 @@ def test_the_mixture_is_a_plain_loop_over_positions_and_their_experts():
     assert F.cosine_similarity(out.float().flatten(), expected.float().flatten(), dim=0) > 0.9999
 
 
+def test_experts_chosen_for_balance_alone_have_finite_gates_and_gradients():
+    """Scores of both so small that they are 0 as float32."""
+    experts = make_experts(message_width=0)
+    experts.router.log2_scale.fill_(256 * 8)
+    hidden = torch.randn(1, 1, WIDTH).bfloat16().requires_grad_()
+    logits = experts.router(hidden).flatten().float()
+    lowest = logits.argsort()[:2]
+    assert (logits[lowest].sigmoid() == 0).all()
+    experts.balance_bias[lowest] = SCORE_ONE + 1
+    gates = experts._route(hidden, None)
+    assert gates[0, lowest].sum().item() == pytest.approx(1)
+    gates[0, lowest[0]].backward()
+    assert hidden.grad.isfinite().all()
+
+
 def test_gradients_of_the_mixture_are_those_of_autograd():
     random = torch.Generator().manual_seed(0)
     y = torch.randn(5, NUM_EXPERTS, 12, generator=random, requires_grad=True)

@@ -5,6 +5,7 @@ Shape letters: B sequences, T positions, J compressed blocks, N heads, H head wi
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from arbitor.kernel.attention import chunked
@@ -39,7 +40,15 @@ def attend(
     if window is not None:
         return chunked.attend(*inputs)
     heads = (query_BTNH, key_BTNH, value_BTNH)
+    if query_BTNH.is_cuda:
+        return _flash(*heads).contiguous()
     return chunked.softmax_attention(*heads, is_causal=True).contiguous()
+
+
+def _flash(query_BTNH: Tensor, key_BTNH: Tensor, value_BTNH: Tensor) -> Tensor:
+    """PyTorch's kernels for the inputs' dtype: fast ones, which a CPU lacks."""
+    heads_BNTH = (x.transpose(1, 2) for x in (query_BTNH, key_BTNH, value_BTNH))
+    return F.scaled_dot_product_attention(*heads_BNTH, is_causal=True).transpose(1, 2)
 
 
 def _seen(
