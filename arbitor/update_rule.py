@@ -28,11 +28,11 @@ class UpdateConfig(StateFormat):
     Rates are in latent units (int8 steps) and octaves of the row scale.
     """
 
-    latent_rate: float = 3.0  # 0 freezes the trits; the scales still learn
+    latent_rate: float = 9.0  # 0 freezes the trits; the scales still learn
     table_rate: float = 0.3  # embedding and head learn at this multiple of latent_rate
     scale_rate: float = 0.01
     warmup_steps: int = 100
-    final_factor: float = 0.1  # the cosine ends at this multiple of the rates
+    final_factor: float = 0.02  # the cosine ends at this multiple of the rates
 
     def validate(self) -> None:
         super().validate()

@@ -2,8 +2,8 @@
 
     python -m benchmarks.context_cost --out benchmarks/results/FILE.json
 
-Width 2048, one sequence a slot. The forward is that of evaluation; a step is forward and backward
-of a training slot, its update included.
+Width 2048; slots of as many positions at every context. The forward is that of evaluation; a step
+is forward and backward of a training slot, its update included.
 """
 
 import argparse
@@ -34,6 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--positions", type=int, default=32768, help="of a slot")
     parser.add_argument("--contexts", nargs="+", type=int, default=[4096, 8192, 16384, 32768])
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -42,30 +43,33 @@ def main() -> None:
     for variant, keys in VARIANTS.items():
         config = ModelConfig(options.width, options.layers, enable_attention=True, **keys)
         for context in options.contexts:
-            rows.append({"variant": variant, "context": context} | measure(config, context))
+            rows.append(
+                {"variant": variant, "context": context}
+                | measure(config, context, options.positions)
+            )
             print(json.dumps(rows[-1]), flush=True)
     if options.out:
         options.out.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1))
 
 
-def measure(config: ModelConfig, context: int) -> dict[str, Any]:
+def measure(config: ModelConfig, context: int, positions: int) -> dict[str, Any]:
     """Nanoseconds a position and GiB at the peak, of a forward and of a training step."""
     with torch.device("cuda"):
         model = ARBModel(config, seed=0)
-    batch = make_batch(0, context, context)
+    batch = make_batch(0, positions, context)
 
     def forward() -> None:
         with torch.no_grad():
             model.losses(batch)
 
-    row = timed("forward", forward, context)
+    row = timed("forward", forward, positions)
     optimizer = TernaryOptimizer(model, UpdateConfig(), total_steps=99, slots_per_step=1, seed=0)
     run_slot = SlotRunner(model, optimizer)
     steps = iter(range(99))
-    return row | timed("step", lambda: train_step(run_slot, next(steps), [batch]), context)
+    return row | timed("step", lambda: train_step(run_slot, next(steps), [batch]), positions)
 
 
-def timed(name: str, call: Callable[[], Any], context: int) -> dict[str, Any]:
+def timed(name: str, call: Callable[[], Any], positions: int) -> dict[str, Any]:
     for _ in range(3):  # compiles and records
         call()
     torch.cuda.synchronize()
@@ -76,7 +80,7 @@ def timed(name: str, call: Callable[[], Any], context: int) -> dict[str, Any]:
     torch.cuda.synchronize()
     seconds = (time.perf_counter() - started) / REPEATS
     return {
-        f"{name}_ns_per_position": round(1e9 * seconds / context, 1),
+        f"{name}_ns_per_position": round(1e9 * seconds / positions, 1),
         f"{name}_peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
     }
 

@@ -20,6 +20,7 @@ from arbitor.kernel.backend import set_backend
 from arbitor.kernel.swiglu.reference import swiglu_forward
 from arbitor.kernel.ternary_scale import TernaryLinear
 from arbitor.main import ARBModel, ModelConfig
+from arbitor.profiling import profiler, table
 
 
 def main() -> None:
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("--stride", type=int, default=16)
     parser.add_argument("--prompt", type=int, default=512, help="bytes")
     parser.add_argument("--bytes", type=int, default=256)
+    parser.add_argument("--profile", action="store_true", help="print where a step goes")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -90,9 +92,13 @@ def measure(model: ARBModel, size: str, kind: str, batch: int, options) -> dict:
     started = time.perf_counter()
     logits = decoder.feed(torch.randint(0, 256, (batch, options.prompt)))
     prompt_seconds = time.perf_counter() - started
-    decoder.ledger.reserve(options.prompt + options.bytes + 8)
-    for _ in range(3):  # compiles and records
+    decoder.ledger.reserve(options.prompt + options.bytes + 2 * options.stride + 1)
+    for _ in range(2 * options.stride):  # compiles and records both kinds of step
         logits = decoder.feed(logits[:, :256].argmax(dim=-1, keepdim=True))
+    if options.profile:
+        with profiler() as profile:
+            decoder.feed(logits[:, :256].argmax(dim=-1, keepdim=True))
+        print(table(profile), flush=True)
     started = time.perf_counter()
     for _ in range(options.bytes):
         logits = decoder.feed(logits[:, :256].argmax(dim=-1, keepdim=True))

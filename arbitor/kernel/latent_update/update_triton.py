@@ -7,11 +7,13 @@ import triton
 import triton.language as tl
 
 from arbitor.kernel.latent_update.moments import WORD_MAX_STEP
+from arbitor.kernel.latent_update.state import DEAD_ZONE
 from arbitor.kernel.triton_numeric import INTERPRET, power_of_two
 
 _MAGIC = tl.constexpr(1.5 * 2.0**23)  # float32 counts in ones here
 _MAGIC_BITS = tl.constexpr(0x4B400000)
 MAX_STEP = tl.constexpr(WORD_MAX_STEP)
+ZONE = tl.constexpr(DEAD_ZONE)
 
 
 @triton.jit(do_not_specialize=["N", "G", "num_blocks", "column_shift"])
@@ -131,10 +133,10 @@ def update_kernel(
         moved = tl.minimum(tl.maximum(moved, -LATENT_MAX << PLACES), LATENT_MAX << PLACES | BELOW)
         moved = moved >> PLACES << LATENT_SHIFT
 
-        trit = ((latent + 234) >> 8) + ((latent + 21) >> 8)
+        trit = ((latent + (255 - ZONE)) >> 8) + ((latent + ZONE) >> 8)
         scale_sum = tl.sum(blended.to(tl.int64) * trit.to(tl.int64), 1)
         if COUNT:  # three counts of 10 bits: at most 16 a step, 63 steps
-            new_trit = ((moved + 234) >> 8) + ((moved + 21) >> 8)
+            new_trit = ((moved + (255 - ZONE)) >> 8) + ((moved + ZONE) >> 8)
             turn = new_trit - trit
             flags = (turn * turn + 3) >> 2
             flags += new_trit * new_trit * 1024
