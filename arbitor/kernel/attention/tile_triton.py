@@ -27,9 +27,9 @@ def load_rows(
 ):
     """The same through pointers: a left operand that was loaded so stays in shared memory.
 
-    A reshaped tile would lie in registers during the whole loop, and ptxas (Triton 3.6, sm_90) gives
-    these to the left operand of a second matmul too: from the second block on the first one read the
-    wrong numbers.
+    A reshaped tile would lie in registers during the whole loop, and ptxas (Triton 3.6, sm_90)
+    gives these to the left operand of a second matmul too: from the second block on, the first one
+    reads the wrong numbers.
     """
     ptr += b.to(tl.int64) * stride_b + first.to(tl.int64) * stride_t + n * stride_n
     row = tl.arange(0, BLOCK)[:, None]
