@@ -112,17 +112,33 @@ def pack_window(
     num_symbols = int(row_starts[-1])
 
     num_sequences = -(-num_symbols // sequence_length)
-    stream = np.full(num_sequences * sequence_length + 1, PADDING, np.uint16)
-    stream[0] = END_OF_DOCUMENT
-    stream[1 : num_symbols + 1] = np.frombuffer(b"\0".join([*rows, b""]), np.uint8)
-    stream[row_starts[1:]] = END_OF_DOCUMENT
-
     order = _order(num_sequences, shuffle_key, "sequences")
     padded = num_micro_batches(num_symbols, batch_size, sequence_length) * batch_size
     sequences = np.full((padded, sequence_length + 1), PADDING, np.uint16)
+    filling = bytes(num_sequences * sequence_length - num_symbols)
+    stream = np.frombuffer(b"\0".join([b"", *rows, filling]), np.uint8)
     overlapping = np.lib.stride_tricks.sliding_window_view(stream, sequence_length + 1)
     sequences[:num_sequences] = overlapping[::sequence_length][order]
+    _mark_ends(sequences, order, row_starts)
     return PackedWindow(sequences, order, ids[row_order], row_starts, None, report)
+
+
+def _mark_ends(sequences_QT: np.ndarray, order_Q: np.ndarray, row_starts: np.ndarray) -> None:
+    """Writes what is no byte: the documents' ends, where the stream has 0, and the last padding.
+
+    The last target of a sequence is also the first symbol of the one after it.
+    """
+    length, count = sequences_QT.shape[1] - 1, len(order_Q)
+    place = np.empty(count, np.int64)
+    place[order_Q] = np.arange(count)
+    sequence, symbol = np.divmod(row_starts, length)
+    inside = sequence < count
+    sequences_QT[place[sequence[inside]], symbol[inside]] = END_OF_DOCUMENT
+    targets = (symbol == 0) & (sequence > 0)
+    sequences_QT[place[sequence[targets] - 1], length] = END_OF_DOCUMENT
+    if count:
+        after = row_starts[-1] - (count - 1) * length + 1
+        sequences_QT[place[-1], after:] = PADDING
 
 
 def pack_media_window(

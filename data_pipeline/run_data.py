@@ -31,7 +31,7 @@ from data_pipeline.schema import DataConfig
 from data_pipeline.window import WindowTask
 
 # A window has at least a micro-batch, and where the source has so much:
-WINDOW_SYMBOLS = 1 << 20  # of text and code
+WINDOW_SYMBOLS = 8 << 20  # of text and code
 WINDOW_BYTES = 32 << 20  # of the other modalities, as stored or as packed, whichever is more
 WINDOWS_PER_LANE = 4  # of the other modalities: smaller windows rather than fewer
 
