@@ -200,7 +200,7 @@ def held_out_slots(run_data: RunData, source: str) -> list[PackedSlot]:
             read = (i, windows[i][0].read()[0])
             opened = read[1].report
         if not read[1].is_empty:
-            slots.append(_slot(run_data, (0, k, source), read[1], micro_batch, opened))
+            slots.append(_slot(run_data, (0, k, source), read[1], micro_batch, opened).copy())
     return slots
 
 
