@@ -21,20 +21,24 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture
-def bucket(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory):
     """s3://shards, on a server of its own that the environment points at, as users do it."""
-    log = tmp_path / "server.log"
+    log = tmp_path_factory.mktemp("server") / "log"
     with log.open("w") as output:
         server = subprocess.Popen(["moto_server", "-p", "0"], stdout=output, stderr=output)
     try:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", _address(server, log))
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            monkeypatch.setenv(name, "any")
-        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        store = pyarrow.fs.S3FileSystem(allow_bucket_creation=True)
+        address = _address(server, log)
+        store = pyarrow.fs.S3FileSystem(
+            "any", "any", endpoint_override=address, scheme="http", allow_bucket_creation=True
+        )
         store.create_dir("shards")
-        yield store
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("AWS_ENDPOINT_URL", f"http://{address}")
+            patch.setenv("AWS_ACCESS_KEY_ID", "any")
+            patch.setenv("AWS_SECRET_ACCESS_KEY", "any")
+            patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+            yield store
     finally:
         server.terminate()
         server.wait()
@@ -44,8 +48,8 @@ def _address(server: subprocess.Popen, log) -> str:
     """Where it listens, once it says so."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline and server.poll() is None:
-        if said := re.search(r"http://127\.0\.0\.1:\d+", log.read_text()):
-            return said[0]
+        if said := re.search(r"http://(127\.0\.0\.1:\d+)", log.read_text()):
+            return said[1]
         time.sleep(0.05)
     raise AssertionError(f"the server did not start: {log.read_text()}")
 
