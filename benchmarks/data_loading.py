@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -97,9 +98,12 @@ def local_ray() -> Iterator[None]:
     """Its processes as nice as this one and the DataLoader's: by default they yield to others."""
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  as Ray spells it
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    before = set(threading.enumerate())
     try:
         yield
     finally:
+        for thread in set(threading.enumerate()) - before:
+            thread.join(10)  # one of Ray Data's that asks Ray after its end would end the process
         ray.shutdown()
 
 
