@@ -3,6 +3,7 @@
 Shape letters: B sequences, T positions, P places of a sequence, X bytes of a place.
 """
 
+import warnings
 from collections.abc import Hashable
 from dataclasses import dataclass, fields, replace
 
@@ -13,6 +14,9 @@ from torch import Tensor
 from arbitor.vocab import PADDING
 
 NO_TARGET = -1
+
+# A slot's content may lie in memory that other processes share: it is only read.
+warnings.filterwarnings("ignore", "The given NumPy array is not writable")
 
 
 @dataclass(frozen=True)

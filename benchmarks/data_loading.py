@@ -3,8 +3,8 @@
     python -m benchmarks.data_loading --out benchmarks/results/FILE.json
 
 - throughput: slots of one modality as fast as they come, in turns with the DataLoader, whose worker
-  processes read and slice the same windows of the same plan with the same decoders; as many of them
-  as the stream has decode tasks. CPU is that of all processes, which other load changes less.
+  processes read and slice the same windows of the same plan with the same decoders: one a core, the
+  stream's decode tasks one more. CPU is that of all processes, which other load changes less.
 - wait: share of the time spent in waiting for a slot while one thread multiplies matrices for
   100 ms a slot.
 - first: seconds from the call of a worker's function to its first slot, on a Ray just started, and
@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,7 +42,8 @@ from data_pipeline.run_data import RunData
 from data_pipeline.stream import stream_slots
 from ray_jobs.config import load_run_config
 
-DECODE_TASKS = 2  # and workers of the DataLoader
+DECODE_TASKS = 3
+LOADER_WORKERS = 2
 PREFETCH = 8  # slots, of each worker of the DataLoader
 ENDLESS = 10_000_000  # steps
 COMPUTE_S = 0.1
@@ -55,7 +57,7 @@ def main() -> None:
         "environment": environment() | {"ray": ray.__version__, "cpus": os.cpu_count()},
         "settings": {
             "decode_tasks": DECODE_TASKS,
-            "loader_workers": DECODE_TASKS,
+            "loader_workers": LOADER_WORKERS,
             "loader_prefetch_slots": PREFETCH,
             "positions_a_slot": 16 * 1024,
             "RAY_worker_niceness": 0,
@@ -96,9 +98,12 @@ def local_ray() -> Iterator[None]:
     """Its processes as nice as this one and the DataLoader's: by default they yield to others."""
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  as Ray spells it
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    before = set(threading.enumerate())
     try:
         yield
     finally:
+        for thread in set(threading.enumerate()) - before:
+            thread.join(10)  # one of Ray Data's that asks Ray after its end would end the process
         ray.shutdown()
 
 
@@ -149,7 +154,7 @@ def loader(data: RunData) -> Slots:
     loaded = DataLoader(
         Windows(data),
         batch_size=None,
-        num_workers=DECODE_TASKS,
+        num_workers=LOADER_WORKERS,
         prefetch_factor=PREFETCH,
         multiprocessing_context="spawn",
     )
@@ -176,7 +181,7 @@ class Windows(IterableDataset):
 
 
 def as_tensors(slot: PackedSlot) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """symbols [B, T + 1], content [B, P, X]."""
+    """symbols [B, T + 1], content [B, P, X]; to be read only."""
     content = None if slot.content is None else torch.from_numpy(slot.content)
     return torch.from_numpy(slot.symbols), content
 

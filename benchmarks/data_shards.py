@@ -17,7 +17,7 @@ from data_pipeline.run_data import RunData
 from data_pipeline.schema import DataConfig, SourceConfig
 
 DISTINCT = 64  # contents; the rows repeat them with captions of their own
-ROWS = {"image": 8192, "audio": 1024, "video": 1024}
+ROWS = {"image": 8192, "audio": 4096, "video": 1024}
 TEXT_BYTES = 256 << 20
 SHARDS = 4
 ABOUT = {
@@ -28,7 +28,7 @@ ABOUT = {
 }
 
 
-def timed_data(folder: Path, weights: dict[str, float], decode_tasks: int = 2) -> RunData:
+def timed_data(folder: Path, weights: dict[str, float], decode_tasks: int) -> RunData:
     """Slots of 16 x 1024 positions from shards in `folder`, written where they are missing."""
     for modality in weights:
         _write(modality, folder / modality)

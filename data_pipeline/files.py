@@ -55,8 +55,12 @@ def find_files(key: str, place: str) -> list[FoundFile]:
         folder = _fixed_folder(path) if pattern else path
         selector = fs.FileSelector(folder, recursive=True, allow_not_found=True)
         infos = retried(place, lambda: filesystem.get_file_info(selector))
-    except (ShardError, pa.ArrowException) as error:
-        raise UserError(f"{key}: {place} cannot be listed ({_line(error)}); mend it") from error
+    except ShardError as error:
+        raise UserError(f"{key}: {error}") from error
+    except pa.ArrowException as error:
+        raise UserError(
+            f"{key}: {place} cannot be listed ({_line(error)}); give a path or a URI such as s3://"
+        ) from error
     found = [
         _found(place, info)
         for info in sorted(infos, key=lambda info: info.path)

@@ -7,7 +7,7 @@ P places of a sequence, X bytes of a place.
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -65,7 +65,8 @@ class PackedSlot:
     """What a slot trains on: symbols[:, :-1] are inputs, symbols[:, 1:] targets.
 
     A target that is PADDING carries no loss. The k-th position of a sequence whose symbol is PATCH
-    or AUDIO_FRAME holds content[sequence, k]; what follows in `content` is 0.
+    or AUDIO_FRAME holds content[sequence, k]; what follows in `content` is 0. The arrays are views
+    of the window, to be read only; it stays in memory as long as they do.
     """
 
     step: int
@@ -76,6 +77,11 @@ class PackedSlot:
     row_ids: np.ndarray  # int64: the rows with a target in the slot
     content: np.ndarray | None = None  # uint8 [B, P, X]; None for text and code
     opened: WindowReport | None = None  # where the slot is the first of a newly read window
+
+    def copy(self) -> "PackedSlot":
+        """The slot with arrays of its own, so that it does not hold its window."""
+        content = None if self.content is None else self.content.copy()
+        return replace(self, symbols=self.symbols.copy(), content=content)
 
     @property
     def sha256(self) -> str:
@@ -112,17 +118,33 @@ def pack_window(
     num_symbols = int(row_starts[-1])
 
     num_sequences = -(-num_symbols // sequence_length)
-    stream = np.full(num_sequences * sequence_length + 1, PADDING, np.uint16)
-    stream[0] = END_OF_DOCUMENT
-    stream[1 : num_symbols + 1] = np.frombuffer(b"\0".join([*rows, b""]), np.uint8)
-    stream[row_starts[1:]] = END_OF_DOCUMENT
-
     order = _order(num_sequences, shuffle_key, "sequences")
     padded = num_micro_batches(num_symbols, batch_size, sequence_length) * batch_size
     sequences = np.full((padded, sequence_length + 1), PADDING, np.uint16)
+    filling = bytes(num_sequences * sequence_length - num_symbols)
+    stream = np.frombuffer(b"\0".join([b"", *rows, filling]), np.uint8)
     overlapping = np.lib.stride_tricks.sliding_window_view(stream, sequence_length + 1)
     sequences[:num_sequences] = overlapping[::sequence_length][order]
+    _mark_ends(sequences, order, row_starts)
     return PackedWindow(sequences, order, ids[row_order], row_starts, None, report)
+
+
+def _mark_ends(sequences_QT: np.ndarray, order_Q: np.ndarray, row_starts: np.ndarray) -> None:
+    """Writes what is no byte: the documents' ends, where the stream has 0, and the last padding.
+
+    The last target of a sequence is also the first symbol of the one after it.
+    """
+    length, count = sequences_QT.shape[1] - 1, len(order_Q)
+    place = np.empty(count, np.int64)
+    place[order_Q] = np.arange(count)
+    sequence, symbol = np.divmod(row_starts, length)
+    inside = sequence < count
+    sequences_QT[place[sequence[inside]], symbol[inside]] = END_OF_DOCUMENT
+    targets = (symbol == 0) & (sequence > 0)
+    sequences_QT[place[sequence[targets] - 1], length] = END_OF_DOCUMENT
+    if count:
+        after = row_starts[-1] - (count - 1) * length + 1
+        sequences_QT[place[-1], after:] = PADDING
 
 
 def pack_media_window(
@@ -175,11 +197,11 @@ def pack_media_window(
 
 def slice_micro_batch(window: PackedWindow, index: int, batch_size: int) -> tuple:
     """(symbols uint16 [B, T + 1], row ids int64 in packed order, content uint8 [B, P, X] or None)
-    of micro-batch `index`; copies.
+    of micro-batch `index`; views of the window, but for the ids.
     """
     part = slice(index * batch_size, (index + 1) * batch_size)
-    symbols = window.sequences[part].copy()
-    content = None if window.content is None else window.content[part].copy()
+    symbols = window.sequences[part]
+    content = None if window.content is None else window.content[part]
     sequence_length = symbols.shape[1] - 1
     begin = window.sequence_order[part] * sequence_length
     end = np.minimum(begin + sequence_length, window.row_starts[-1])

@@ -31,7 +31,7 @@ from data_pipeline.schema import DataConfig
 from data_pipeline.window import WindowTask
 
 # A window has at least a micro-batch, and where the source has so much:
-WINDOW_SYMBOLS = 1 << 20  # of text and code
+WINDOW_SYMBOLS = 8 << 20  # of text and code
 WINDOW_BYTES = 32 << 20  # of the other modalities, as stored or as packed, whichever is more
 WINDOWS_PER_LANE = 4  # of the other modalities: smaller windows rather than fewer
 
@@ -200,7 +200,7 @@ def held_out_slots(run_data: RunData, source: str) -> list[PackedSlot]:
             read = (i, windows[i][0].read()[0])
             opened = read[1].report
         if not read[1].is_empty:
-            slots.append(_slot(run_data, (0, k, source), read[1], micro_batch, opened))
+            slots.append(_slot(run_data, (0, k, source), read[1], micro_batch, opened).copy())
     return slots
 
 

@@ -62,9 +62,10 @@ class DataConfig:
     eval_fraction: float = 0.02  # of each source's rows, the last ones; never trained on
     eval_slots: int = 64  # held-out slots per source at most
     max_bad_fraction: float = 0.01  # of a source's rows; with more undecodable ones the run stops
-    # Processes that read and decode for one worker. Ray counts no CPUs for them, because trainers
-    # may hold all of those: leave cores over for them.
-    decode_tasks: int = 2
+    # Processes that read and decode for one worker, one more than the cores that they are to fill:
+    # Ray Data takes up to 0.1 s to see that a task has ended. Ray counts no CPUs for them, because
+    # trainers may hold all of those: leave cores over for them.
+    decode_tasks: int = 3
     image: ImageConfig = field(default_factory=ImageConfig)
     audio: AudioConfig = field(default_factory=AudioConfig)
     video: VideoConfig = field(default_factory=VideoConfig)

@@ -217,10 +217,10 @@ def _stream_segment(
             .map_batches(list_tasks, compute=TaskPoolStrategy(size=1), **options)
             .map_batches(decode_windows, compute=TaskPoolStrategy(size=decode_tasks), **options)
         )
-    batches = dataset.iterator().iter_batches(
-        batch_size=None, batch_format="pyarrow", prefetch_batches=2 * decode_tasks
+    # Blocks are on this node. A window would wait for as many others as were to be prefetched.
+    yield from dataset.iterator().iter_batches(
+        batch_size=None, batch_format="pyarrow", prefetch_batches=0
     )
-    yield from batches
 
 
 def _context() -> DataContext:

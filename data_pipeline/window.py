@@ -12,7 +12,7 @@ from data_pipeline.read import read_media_segments, read_segments
 from data_pipeline.row_id import join_digests, media_row_ids
 
 # Read, decoded and packed in about 100 ms by one core, whichever of the last two is reached first.
-TEXT_BYTES_PER_COST = 8 << 20
+TEXT_BYTES_PER_COST = 16 << 20
 STORED_BYTES_PER_COST = 2 << 20
 PACKED_BYTES_PER_COST = 16 << 20
 

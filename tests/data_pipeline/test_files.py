@@ -60,7 +60,7 @@ def test_what_is_not_there_is_told(folder):
         (f"{folder}/none", "does not exist"),
         (f"{folder}/none*", "no file matches"),
         (f"{folder}/empty.txt", "is empty"),
-        ("smb://host/share", "cannot be listed"),
+        ("smb://host/share", "cannot be listed .*; give a path or a URI"),
         (f"file://{folder}/none", "does not exist"),
     ):
         with pytest.raises(UserError, match=f"key: .*{message}"):

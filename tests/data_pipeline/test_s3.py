@@ -1,0 +1,83 @@
+"""Shards in an object store: the rows, the fingerprint and the slots of the same files here."""
+
+import re
+import shutil
+import subprocess
+import time
+
+import pyarrow.fs
+import pytest
+
+from arbitor.errors import UserError
+from data_pipeline.files import find_files
+from data_pipeline.lint import lint_command
+from data_pipeline.run_data import read_slots
+from data_pipeline.schema import SourceConfig
+from tests.data_pipeline.media_shards import SHAPE, media_rows, write_media_parquet
+from tests.data_pipeline.shards import numbered_rows, run_data, write_parquet
+
+pytestmark = pytest.mark.skipif(
+    not shutil.which("moto_server"), reason="needs moto_server: pip install 'moto[s3,server]'"
+)
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory):
+    """s3://shards, on a server of its own that the environment points at, as users do it."""
+    log = tmp_path_factory.mktemp("server") / "log"
+    with log.open("w") as output:
+        server = subprocess.Popen(["moto_server", "-p", "0"], stdout=output, stderr=output)
+    try:
+        address = _address(server, log)
+        store = pyarrow.fs.S3FileSystem(
+            "any", "any", endpoint_override=address, scheme="http", allow_bucket_creation=True
+        )
+        store.create_dir("shards")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("AWS_ENDPOINT_URL", f"http://{address}")
+            patch.setenv("AWS_ACCESS_KEY_ID", "any")
+            patch.setenv("AWS_SECRET_ACCESS_KEY", "any")
+            patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+            yield store
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def _address(server: subprocess.Popen, log) -> str:
+    """Where it listens, once it says so."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and server.poll() is None:
+        if said := re.search(r"http://(127\.0\.0\.1:\d+)", log.read_text()):
+            return said[1]
+        time.sleep(0.05)
+    raise AssertionError(f"the server did not start: {log.read_text()}")
+
+
+def test_slots_from_a_bucket_are_those_of_the_files(tmp_path, bucket, capsys):
+    folder = tmp_path / "here"
+    folder.mkdir()
+    write_parquet(folder / "a b#1.parquet", numbered_rows(100))
+    write_media_parquet(folder / "images.parquet", media_rows("image", 40), "image")
+    pyarrow.fs.copy_files(str(folder), "shards/sub", destination_filesystem=bucket)
+
+    def data(root: str):
+        sources = {
+            "text": SourceConfig("text", f"{root}/a*.parquet"),
+            "image": SourceConfig("image", f"{root}/images.parquet"),
+        }
+        return run_data(tmp_path / "storage", sources, **SHAPE)
+
+    here, there = data(str(folder)), data("s3://shards/sub")
+    assert there.manifests["text"].shards == ("s3://shards/sub/a%20b%231.parquet",)
+    assert there.fingerprint == here.fingerprint
+    slots = [[slot.sha256 for slot in read_slots(run, 0, 30, 0, 1)] for run in (here, there)]
+    assert slots[0] == slots[1] and len(set(slots[0])) > 100
+    assert lint_command(["s3://shards/sub/images.parquet"]) == 0
+    assert "clean: all 40 rows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("place", ["s3://shards/none", "s3://no-such-bucket/x.parquet"])
+def test_what_a_bucket_does_not_hold_is_told(bucket, place):
+    with pytest.raises(UserError, match=f"key: {place} does not exist"):
+        find_files("key", place)
