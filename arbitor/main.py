@@ -108,15 +108,23 @@ class ARBModel(nn.Module):
         """bfloat16 [B, T, D]: the content at its places, by the encoder of its modality, and the
         symbols elsewhere."""
         text_BTD = self.text_encoder(batch.symbols_BT)
-        if batch.modality == "image" and self.image_encoder is not None:
-            values_BTX = to_values(places.content())
-            return places.fill(text_BTD, self.image_encoder(values_BTX, places.number_BT))
-        if batch.modality == "video" and self.video_encoder is not None:
-            values_BTX = to_values(places.content())
-            return places.fill(text_BTD, self.video_encoder(values_BTX, places.number_BT))
-        if batch.modality == "audio" and self.audio_encoder is not None:
-            return places.fill(text_BTD, self.audio_encoder(places.content()))
-        return text_BTD
+        if self.content_encoder(batch.modality) is None:
+            return text_BTD
+        content_BTX, number_BT = places.content(), places.number_BT
+        return places.fill(text_BTD, self.encode(batch.modality, content_BTX, number_BT))
+
+    def content_encoder(self, modality: str) -> nn.Module | None:
+        """None for text and code, and for a modality that the model was built without."""
+        return {
+            "image": self.image_encoder,
+            "audio": self.audio_encoder,
+            "video": self.video_encoder,
+        }.get(modality)
+
+    def encode(self, modality: str, content: Tensor, number: Tensor) -> Tensor:
+        """bfloat16 [..., D] of content, uint8 [..., X], at the places with the numbers [...]."""
+        encoder = self.content_encoder(modality)
+        return encoder(content) if modality == "audio" else encoder(to_values(content), number)
 
     def hidden(self, embedded_BTD: Tensor, ledger: KvLedger | None = None) -> Tensor:
         """What the heads read, bfloat16 [B, T, D]; a ledger is moved on."""
@@ -144,13 +152,17 @@ class ARBModel(nn.Module):
             ledger.position += hidden_BTD.shape[1]
         return hidden_BTD, auxiliary
 
-    def logits(self, symbols_BT: Tensor, ledger: KvLedger | None = None) -> Tensor:
-        """int64 [B, T] of text or code -> bfloat16 [B, T, V]: what comes after each symbol.
+    def logits(self, symbols_BT: Tensor) -> Tensor:
+        """int64 [B, T] of text or code -> bfloat16 [B, T, V]: what comes after each symbol."""
+        return self.byte_head(self.hidden(self.text_encoder(symbols_BT)))
 
-        With a ledger the symbols go on where it ends, and it is moved on; it has reserved room.
-        """
-        before = None if ledger is None else ledger.embedded
-        return self.byte_head(self.hidden(self.text_encoder(symbols_BT, before), ledger))
+    def hidden_after(
+        self, symbols_BT: Tensor, ledger: KvLedger, content_BTD: Tensor | None = None
+    ) -> Tensor:
+        """bfloat16 [B, T, D]: what the heads read of symbols that go on where the ledger ends; it
+        has reserved room and is moved on. Places have what was encoded of their content."""
+        text_BTD = self.text_encoder(symbols_BT, ledger.embedded)
+        return self.hidden(text_BTD if content_BTD is None else content_BTD, ledger)
 
     def step_counts(self) -> list[tuple[str, StepCounts]]:
         """The modules whose integer state moves once a step, with their qualified names."""

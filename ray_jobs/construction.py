@@ -41,8 +41,10 @@ def with_needed_parts(config: RunConfig) -> RunConfig:
 
 def _grid(data: DataConfig, modality: str) -> PatchGrid:
     media = getattr(data, modality)
-    frames = media.num_frames if modality == "video" else 1
-    return PatchGrid(media.patch, media.size // media.patch, frames)
+    grid = PatchGrid(media.patch, media.size // media.patch)
+    if modality == "image":
+        return grid
+    return replace(grid, frames=media.num_frames, frames_per_second=media.frames_per_second)
 
 
 def refuse_unbuilt(before: Mapping[str, Any], now: Mapping[str, Any], folder: str) -> None:

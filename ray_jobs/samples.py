@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from arbitor.generate import Sampling, generate, texts
+from arbitor.decoder import Sampling, texts
+from arbitor.generate import generate
 from arbitor.main import ARBModel
 
 FOLDER = "samples"  # in the run's folder
