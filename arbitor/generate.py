@@ -23,8 +23,8 @@ from arbitor.errors import UserError
 from arbitor.export import open_model
 from arbitor.kernel.backend import BACKENDS, set_backend
 from arbitor.main import ARBModel
-from arbitor.media.files import frames_of, mp4, png, wav
-from arbitor.media.patches import from_patches, to_patches
+from arbitor.media.files import mp4, png, wav
+from arbitor.media.patches import frames_of, from_patches, to_patches
 from arbitor.media.picture import PICTURE_ERRORS, decode_picture
 from arbitor.vocab import CONTENT_SYMBOLS, END_OF_DOCUMENT
 

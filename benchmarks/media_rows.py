@@ -12,7 +12,6 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -36,25 +35,25 @@ MOST_ROWS = 16_384  # of text and code, evenly over their sequences
 
 
 def prepare(path: Path, overrides: list[str], storage: Path) -> None:
-    """Writes the file; `overrides` are key=value of the section `data`."""
+    """Writes the file; `overrides` are data.key=value."""
     from data_pipeline.index import index_sources  # needs the decoders, which reading does not
+    from data_pipeline.plan import WindowKey
     from data_pipeline.run_data import RunData
     from data_pipeline.schema import DataConfig
 
     values = DATA | {
         "sources": {name: {"modality": name, "path": f"sample://{name}"} for name in MODALITIES}
     }
+    values = {"data": values}
     for override in overrides:
         key, text = override.split("=", 1)
         set_value(values, key, parse_value(text))
-    config = build(DataConfig, values, "data")
+    config = build(DataConfig, values["data"], "data")
     data = RunData(config, index_sources(config, storage=storage), seed=0)
     tensors = {}
     for source in MODALITIES:
-        train = [
-            data.task(key).read()[0]
-            for key in (_first_round(source, number) for number in range(len(data.windows[source])))
-        ]
+        keys = [WindowKey(source, 0, 0, number) for number in range(len(data.windows[source]))]
+        train = [data.task(key).read()[0] for key in keys]
         held_out = [task.read()[0] for task, _ in data.held_out_windows(source)]
         for split, windows in (("train", train), ("held_out", held_out)):
             for name, rows in _rows(windows).items():
@@ -72,12 +71,6 @@ def prepare(path: Path, overrides: list[str], storage: Path) -> None:
     }
     save_file(tensors, path, {"grids": json.dumps(grids)})
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
-
-
-def _first_round(source: str, window: int):
-    from data_pipeline.plan import WindowKey
-
-    return WindowKey(source, 0, 0, window)
 
 
 def _rows(windows: list) -> dict[str, np.ndarray]:
@@ -99,9 +92,11 @@ class Rows:
     symbols: np.ndarray  # uint16 [R, T + 1]
     content: np.ndarray | None  # uint8 [R, P, X]
 
-    def slot(self, step: int, slot: int, batch_size: int, seed: int, device: str) -> SlotBatch:
-        """Rows in a new order every epoch, the number of the slot being the step's."""
-        first = step * batch_size
+    def slot(
+        self, number: int, step: int, slot: int, batch_size: int, seed: int, device: str
+    ) -> SlotBatch:
+        """The `number`th slot of a run of this source: rows in a new order every epoch."""
+        first = number * batch_size
         taken = [self._row(first + i, seed) for i in range(batch_size)]
         return self.batch(taken, step, slot, device)
 
@@ -182,10 +177,6 @@ def read_rows(path: Path) -> tuple[dict[str, Source], dict[str, PatchGrid]]:
 
     sources = {name: Source(rows(name, "train"), rows(name, "held_out")) for name in MODALITIES}
     return sources, {name: PatchGrid(**grid) for name, grid in grids.items()}
-
-
-def to_torch(content: list[np.ndarray], device: str) -> torch.Tensor:
-    return torch.from_numpy(np.stack(content)).to(device)
 
 
 def _entropy(counts: np.ndarray) -> float:

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from arbitor import vocab
-from arbitor.media.files import FRAME_SIDE, enlarge, frames_of, mp4, wav
-from arbitor.media.patches import from_patches
+from arbitor.media.files import FRAME_SIDE, enlarge, mp4, wav
+from arbitor.media.patches import frames_of, from_patches
 from data_pipeline.contact_sheet import contact_sheet
 from data_pipeline.decode.audio import AudioConfig
 from data_pipeline.decode.image import ImageConfig

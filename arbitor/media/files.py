@@ -1,6 +1,6 @@
 """Pixels and codes as PNG, WAV and MP4.
 
-Shape letters: P patches of all frames, X bytes of a patch, F frames, H height, W width, C codes.
+Shape letters: F frames, H height, W width, C codes.
 """
 
 import io
@@ -12,7 +12,6 @@ import soundfile
 from PIL import Image
 
 from arbitor.audio_codec import SAMPLING_RATE, decode
-from arbitor.media.patches import from_patches
 
 FRAME_SIDE = 96  # pixels of a film at least: players show smaller ones badly
 
@@ -46,12 +45,6 @@ def mp4(frames_FHW3: np.ndarray, frames_per_second: float) -> bytes:
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return buffer.getvalue()
-
-
-def frames_of(patches_PX: np.ndarray, num_frames: int, patch: int) -> np.ndarray:
-    """uint8 [F, H, W, 3] of a film's patches."""
-    by_frame = patches_PX.reshape(num_frames, -1, patches_PX.shape[-1])
-    return from_patches(by_frame, patch)
 
 
 def enlarge(pictures: np.ndarray, side: int) -> np.ndarray:

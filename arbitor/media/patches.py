@@ -1,6 +1,7 @@
 """Pixels to the patches that stand in a sequence, and back.
 
-Shape letters: P patches of a picture.
+Shape letters: P patches of a picture or of all frames, X bytes of a patch, F frames, H height, W
+width.
 """
 
 import numpy as np
@@ -20,3 +21,9 @@ def from_patches(patches: np.ndarray, patch: int) -> np.ndarray:
     side = round(count**0.5)
     tiles = patches.reshape(*lead, side, side, patch, patch, 3).swapaxes(-4, -3)
     return tiles.reshape(*lead, side * patch, side * patch, 3)
+
+
+def frames_of(patches_PX: np.ndarray, num_frames: int, patch: int) -> np.ndarray:
+    """uint8 [F, H, W, 3] of a film's patches."""
+    by_frame = patches_PX.reshape(num_frames, -1, patches_PX.shape[-1])
+    return from_patches(by_frame, patch)
