@@ -100,7 +100,7 @@ def continue_freely(
 def _require(model: ARBModel, modality: str, possible: list[str], part: str) -> None:
     if modality not in possible:
         raise UserError(
-            f"--modality {modality}: this model was built without {part}; it has that for"
+            f"{modality}: this model was built without {part}; it has that for"
             f" {', '.join(possible) or 'text alone'}"
         )
 

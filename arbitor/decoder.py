@@ -98,15 +98,13 @@ class Decoder:
     @torch.no_grad()
     def feed_content(self, modality: str, content_BMX: Tensor, first: int) -> None:
         """Places of content, uint8, the first of them with the number `first` of its kind."""
-        place = CONTENT_SYMBOLS[modality][1]
         number_M = torch.arange(first, first + content_BMX.shape[1], device=self.device)
-        parts = content_BMX.to(self.device).split(PREFILL, dim=1), number_M.split(PREFILL)
-        for chunk_BMX, numbers in zip(*parts, strict=True):
-            self._grow(chunk_BMX.shape[1], may_record=False)
-            number_BM = numbers.expand(self.batch_size, -1)
-            encoded_BMD = self.model.encode(modality, chunk_BMX, number_BM)
-            symbols_BM = torch.full_like(number_BM, place)
-            self._keep(self.model.hidden_after(symbols_BM, self.ledger, encoded_BMD))
+        number_BM = number_M.expand(self.batch_size, -1)
+        encoded_BMD = self.model.encode(modality, content_BMX.to(self.device), number_BM)
+        for chunk_BMD in encoded_BMD.split(PREFILL, dim=1):
+            self._grow(chunk_BMD.shape[1], may_record=False)
+            symbols_BM = number_BM.new_full(chunk_BMD.shape[:2], CONTENT_SYMBOLS[modality][1])
+            self._keep(self.model.hidden_after(symbols_BM, self.ledger, chunk_BMD))
 
     def _grow(self, count: int, may_record: bool) -> None:
         self.length += count

@@ -6,7 +6,8 @@ Shape letters: B sequences, T positions, D width, V symbols, C code width, X val
 """
 
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from arbitor.attention.kv_cache import KvLedger
 from arbitor.batch import SlotBatch
 from arbitor.encoder.audio import AudioEncoder
+from arbitor.encoder.frozen_image import FrozenImageEncoder
 from arbitor.encoder.image import ImageEncoder, to_values
 from arbitor.encoder.places import Places
 from arbitor.encoder.text import WINDOW, TextEncoder
@@ -49,7 +51,7 @@ class ARBModel(nn.Module):
         self.text_encoder = TextEncoder(config.width, config.activation)
         self.image_encoder = self.audio_encoder = self.video_encoder = None
         if config.enable_image:
-            self.image_encoder = ImageEncoder(config.image, config.width, config.activation)
+            self.image_encoder = _image_encoder(config)
         if config.enable_audio:
             self.audio_encoder = AudioEncoder(config.width)
         if config.enable_video:
@@ -108,8 +110,13 @@ class ARBModel(nn.Module):
         """bfloat16 [B, T, D]: the content at its places, by the encoder of its modality, and the
         symbols elsewhere."""
         text_BTD = self.text_encoder(batch.symbols_BT)
-        if self.content_encoder(batch.modality) is None:
+        encoder = self.content_encoder(batch.modality)
+        if encoder is None:
             return text_BTD
+        if isinstance(encoder, FrozenImageEncoder):
+            features_BPE = encoder.features(places.content_BPX)
+            features_BTE = replace(places, content_BPX=features_BPE).content()
+            return places.fill(text_BTD, encoder.project(features_BTE))
         content_BTX, number_BT = places.content(), places.number_BT
         return places.fill(text_BTD, self.encode(batch.modality, content_BTX, number_BT))
 
@@ -122,9 +129,14 @@ class ARBModel(nn.Module):
         }.get(modality)
 
     def encode(self, modality: str, content: Tensor, number: Tensor) -> Tensor:
-        """bfloat16 [..., D] of content, uint8 [..., X], at the places with the numbers [...]."""
+        """bfloat16 [..., D] of content, uint8 [..., X], at places with the numbers [...].
+
+        A frozen encoder takes whole pictures.
+        """
         encoder = self.content_encoder(modality)
-        return encoder(content) if modality == "audio" else encoder(to_values(content), number)
+        if modality == "audio" or isinstance(encoder, FrozenImageEncoder):
+            return encoder(content)
+        return encoder(to_values(content), number)
 
     def hidden(self, embedded_BTD: Tensor, ledger: KvLedger | None = None) -> Tensor:
         """What the heads read, bfloat16 [B, T, D]; a ledger is moved on."""
@@ -192,6 +204,13 @@ class ARBModel(nn.Module):
     def ternary_weights(self) -> list[tuple[str, TernaryWeight]]:
         """Every weight of the model with its qualified name, in order of construction."""
         return [(n, m) for n, m in self.named_modules() if isinstance(m, TernaryWeight)]
+
+
+def _image_encoder(config: ModelConfig) -> ImageEncoder | FrozenImageEncoder:
+    shape = (config.image, config.width, config.activation)
+    if config.image_encoder:
+        return FrozenImageEncoder(Path(config.image_encoder), *shape)
+    return ImageEncoder(*shape)
 
 
 def _vq_bridge(config: ModelConfig) -> VQBridge:

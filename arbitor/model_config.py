@@ -38,6 +38,8 @@ class ModelConfig:
     video_head_layers: int = 2
     image: PatchGrid = field(default_factory=PatchGrid)
     video: PatchGrid = field(default_factory=PatchGrid)
+    # Safetensors of a DINOv2 transformer, which stays frozen; "" = an encoder that learns.
+    image_encoder: str = ""
     codebook_size: int = 4096
     head_width: int = 64
     rotary_width: int = 32

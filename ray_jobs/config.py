@@ -152,6 +152,9 @@ def load_run_config(
     for flag, value in vars(options).items():
         if value is not None and flag != "words":
             _apply_flag(values, "--" + flag.replace("_", "-"), value)
+    encoder = (values.get("model") or {}).get("image_encoder")
+    if encoder:
+        values["model"]["image_encoder"] = str(Path(str(encoder)).absolute())
     values["storage"] = str(Path(str(values.get("storage") or RunConfig.storage)).absolute())
     return build(RunConfig, values)
 
