@@ -67,7 +67,7 @@ def parse() -> argparse.Namespace:
     showing.add_argument("--out", type=Path, required=True)
     training, mixing = (commands.add_parser(name) for name in ("train", "mixed"))
     training.add_argument("--sources", nargs="+", choices=MODALITIES, required=True)
-    training.add_argument("--control", action="store_true", help="float weights and AdamW")
+    training.add_argument("--control", action="store_true", help="float weights, AdamW; one source")
     training.add_argument("--lr", type=float, default=2e-3, help="of AdamW")
     mixing.add_argument("--only", nargs="+", choices=["all", *MODALITIES])
     for command in (training, mixing):
@@ -114,6 +114,14 @@ def model_config(
         enable_talker_head="audio" in names,
         enable_video_head=bool(pictures),
         **grids,
+    )
+
+
+def update_config(options: argparse.Namespace) -> UpdateConfig:
+    return UpdateConfig(
+        latent_rate=options.latent_rate,
+        table_rate=options.table_rate,
+        warmup_steps=options.warmup,
     )
 
 
@@ -170,11 +178,7 @@ def train(
     config: ModelConfig, names: list[str], sources: dict[str, Source], options: argparse.Namespace
 ) -> tuple[ARBModel, dict]:
     """The product's model and optimizer; the mean of each source's first and last losses."""
-    update = UpdateConfig(
-        latent_rate=options.latent_rate,
-        table_rate=options.table_rate,
-        warmup_steps=options.warmup,
-    )
+    update = update_config(options)
     with torch.device(options.device):
         model = ARBModel(config, options.seed, update)
     optimizer = TernaryOptimizer(
@@ -205,7 +209,7 @@ def train(
 def train_float(
     config: ModelConfig, sources: dict[str, Source], options: argparse.Namespace
 ) -> ARBModel:
-    trainer = FloatTrainer(config, "adamw", options)
+    trainer = FloatTrainer(config, "adamw", update_config(options), options)
     return trainer.train(
         options.lr,
         options.seed,
