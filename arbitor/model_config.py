@@ -105,6 +105,11 @@ class ModelConfig:
                 f"model.rotary_width: expected an even number below head_width"
                 f" ({self.head_width}), got {self.rotary_width}"
             )
+        if self.enable_video_head and self.width % self.head_width:
+            raise UserError(
+                f"model.width: the video head needs a multiple of head_width ({self.head_width}),"
+                f" got {self.width}"
+            )
         if self.attention_window < 0 or self.hca_stride < 0:
             raise UserError("model.attention_window, model.hca_stride: expected at least 0")
         if self.hca_stride and not self.attention_window:

@@ -4,13 +4,14 @@
     python -m benchmarks.media train --rows rows.safetensors --sources image --out image
     python -m benchmarks.media train --rows rows.safetensors --sources image --control --out float
     python -m benchmarks.media mixed --rows rows.safetensors --steps 2000 --out mixed
+    python -m benchmarks.media merge mixed-a.json mixed-b.json --out mixed.json
     python -m benchmarks.media sheets image audio video --out DIR
 
 `train` writes OUT.json, and what it sampled and heard as OUT.npz; `--control` trains the same model
 with float weights and AdamW, for its held-out losses. `mixed` trains all five sources, a slot of
 each a step, and then each alone for as many slots; `--only` does one of these, for several
-processes. `sheets` makes files to look at of OUT.npz. Needs neither decoders nor Ray but for
-`prepare` and `sheets`.
+processes, whose files `merge` joins. `sheets` makes files to look at of OUT.npz. Needs neither
+decoders nor Ray but for `prepare` and `sheets`.
 """
 
 import argparse
@@ -41,6 +42,8 @@ def main() -> None:
     options = parse()
     if options.command == "prepare":
         prepare(options.out, options.overrides, options.storage)
+    elif options.command == "merge":
+        merge(options.runs, options.out)
     elif options.command == "sheets":
         from benchmarks.media_sheets import write_sheets  # needs the encoders of sound and film
 
@@ -65,6 +68,9 @@ def parse() -> argparse.Namespace:
     showing.add_argument("runs", nargs="+", type=Path, metavar="OUT")
     showing.add_argument("--rows", type=Path, required=True)
     showing.add_argument("--out", type=Path, required=True)
+    merging = commands.add_parser("merge")
+    merging.add_argument("runs", nargs="+", type=Path, metavar="FILE")
+    merging.add_argument("--out", type=Path, required=True)
     training, mixing = (commands.add_parser(name) for name in ("train", "mixed"))
     training.add_argument("--sources", nargs="+", choices=MODALITIES, required=True)
     training.add_argument("--control", action="store_true", help="float weights, AdamW; one source")
@@ -155,6 +161,15 @@ def run_mixed(
         results[name]["held_out"] = held_out(model, names, sources, options)
         print(name, json.dumps(results[name]["held_out"]), flush=True)
     return {"runs": results, "verdicts": verdicts(results)}, {}
+
+
+def merge(paths: list[Path], out: Path) -> None:
+    """One file of several of `mixed`, with the verdicts that need more than one of them."""
+    records = [json.loads(path.read_text()) for path in paths]
+    runs = {name: run for record in records for name, run in record["runs"].items()}
+    joined = records[0] | {"runs": runs, "verdicts": verdicts(runs)}
+    out.write_text(json.dumps(joined, indent=1) + "\n")
+    print(json.dumps(joined["verdicts"], indent=1))
 
 
 def verdicts(results: dict[str, dict]) -> dict[str, dict]:
