@@ -28,8 +28,8 @@ def write_sheets(runs: list[Path], rows: Path, out: Path) -> None:
         if "image.content" in samples:
             contents, captions = _contents("image", samples)
             write_pictures(out / "image.png", contents, captions, grids["image"])
-            held_out, said = sources["image"].held_out, samples["image.said"].tolist()
-            shown = held_out.content[: len(contents)]
+            said = samples["image.said"].tolist()[: len(contents)]
+            shown = sources["image"].held_out.content[: len(said)]
             write_pictures(out / "caption.png", shown, said, grids["image"])
         if "audio.content" in samples:
             write_sounds(out, *_contents("audio", samples))
