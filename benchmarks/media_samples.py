@@ -61,12 +61,14 @@ def sample(
 ) -> list[np.ndarray]:
     """Content for each caption, in order; captions of one length are sampled together."""
     longest = rows.content.shape[1] / FRAMES_PER_SECOND
-    sampling = Sampling(seed=options.seed, steps=options.euler_steps, seconds=longest)
     by_length = defaultdict(list)
     for number, caption in enumerate(captions):
         by_length[len(caption)].append(number)
     found: list[np.ndarray] = [np.empty(0)] * len(captions)
-    for numbers in by_length.values():
+    for length, numbers in by_length.items():
+        # A seed of its own: else the first of each would come of the same noise.
+        seed = options.seed + length
+        sampling = Sampling(seed=seed, steps=options.euler_steps, seconds=longest)
         same_length = [captions[i].encode() for i in numbers]
         for i, content in zip(
             numbers, generate_content(model, modality, same_length, sampling), strict=True
