@@ -34,7 +34,6 @@ VALUES = {
     "log_interval": 5,
     "eval_interval": 10,
     "save_interval": 10,
-    "sample_interval": 10,
     "log_slots": True,
     "model": {"width": 64, "num_layers": 1, "head_width": 32, "rotary_width": 16},
     "update": {"warmup_steps": 5},
@@ -74,7 +73,7 @@ def make_config(storage, name, profile=False, **scaling):
 
 @pytest.fixture(scope="module")
 def one_worker(ray_head, storage):
-    config = make_config(storage, "one")
+    config = replace(make_config(storage, "one"), sample_interval=10)  # of the runs here, only it
     run(config)
     return config
 
