@@ -25,6 +25,7 @@ import torch
 
 from arbitor.encoder.image import PatchGrid
 from arbitor.kernel.backend import set_backend
+from arbitor.loss import FIGURES
 from arbitor.main import ARBModel, ModelConfig
 from arbitor.modality import BYTE_MODALITIES, MODALITIES
 from arbitor.optimizer import TernaryOptimizer, UpdateConfig
@@ -173,26 +174,31 @@ def merge(paths: list[Path], out: Path) -> None:
 
 
 def verdicts(results: dict[str, dict]) -> dict[str, dict]:
-    """By source of the mixed run: falling, below its baseline, not much worse than alone."""
+    """By source of the mixed run: falling, below its baseline, not much worse than alone.
+
+    By the losses of the last slots that were trained on; the ratio of held-out losses stands beside.
+    """
     found = {}
     for name, losses in results.get("all", {}).get("losses", {}).items():
-        judged = results["all"]["held_out"][name]
-        figure = "bytes" if name in BYTE_MODALITIES else "content"
+        held_out = results["all"]["held_out"][name]
         found[name] = {
             "falls": losses["last"] < losses["first"],
-            "below baseline": judged[figure] < judged["baseline"],
+            "below baseline": losses["last judged"] < held_out["baseline"],
         }
         if name in results:
+            alone = results[name]["losses"][name]["last"]
+            found[name]["of its own run"] = round(losses["last"] / alone, 4)
+            found[name]["not worse"] = losses["last"] <= WORSE * alone
             alone = results[name]["held_out"][name]["loss"]
-            found[name]["of its own run"] = round(judged["loss"] / alone, 4)
-            found[name]["not worse"] = judged["loss"] <= WORSE * alone
+            found[name]["held out, of its own run"] = round(held_out["loss"] / alone, 4)
     return found
 
 
 def train(
     config: ModelConfig, names: list[str], sources: dict[str, Source], options: argparse.Namespace
 ) -> tuple[ARBModel, dict]:
-    """The product's model and optimizer; the mean of each source's first and last losses."""
+    """The product's model and optimizer; the means of each source's first and last losses, and of
+    the figure that has a baseline: bytes of text, content of the others."""
     update = update_config(options)
     with torch.device(options.device):
         model = ARBModel(config, options.seed, update)
@@ -204,19 +210,26 @@ def train(
         seed=options.seed,
     )
     run_slot, losses = SlotRunner(model, optimizer), {name: [] for name in names}
+    judged: dict[str, list[float]] = {name: [] for name in names}
     started = time.perf_counter()
     for step in range(options.steps):
         slots = training_slots(names, sources, step, options)
         report = train_step(run_slot, step, slots)
-        for slot, loss in zip(slots, report.losses, strict=True):
+        for slot, loss, figures in zip(slots, report.losses, report.figures, strict=True):
             losses[slot.source].append(loss)
+            figure = "bytes" if slot.modality in BYTE_MODALITIES else "content"
+            judged[slot.source].append(figures[FIGURES.index(figure)])
         if (step + 1) % max(1, options.steps // 20) == 0:
             last = {name: round(mean(values[-EDGE:]), 4) for name, values in losses.items()}
             seconds = round(time.perf_counter() - started, 1)
             print(json.dumps({"step": step + 1, "seconds": seconds, **last}), flush=True)
     edges = {
-        name: {"first": round(mean(x[:EDGE]), 4), "last": round(mean(x[-EDGE:]), 4)}
-        for name, x in losses.items()
+        name: {
+            "first": round(mean(losses[name][:EDGE]), 4),
+            "last": round(mean(losses[name][-EDGE:]), 4),
+            "last judged": round(mean(judged[name][-EDGE:]), 4),
+        }
+        for name in names
     }
     return model, {"weights": num_weights(model), "losses": edges}
 
