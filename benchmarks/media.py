@@ -176,7 +176,7 @@ def merge(paths: list[Path], out: Path) -> None:
 def verdicts(results: dict[str, dict]) -> dict[str, dict]:
     """By source of the mixed run: falling, below its baseline, not much worse than alone.
 
-    By the losses of the last slots that were trained on; the ratio of held-out losses stands beside.
+    By the losses of the last slots trained on; the ratio of held-out losses stands beside.
     """
     found = {}
     for name, losses in results.get("all", {}).get("losses", {}).items():
