@@ -28,7 +28,7 @@ DATA = {
     "eval_slots": 1,
     "image": {"size": 32, "patch": 4, "sequence_length": 128},
     "audio": {"seconds_max": 1.5, "sequence_length": 128},
-    "video": {"size": 32, "patch": 8, "num_frames": 6, "frames_per_second": 3.0}
+    "video": {"size": 24, "patch": 6, "num_frames": 6, "frames_per_second": 3.0}
     | {"sequence_length": 128},
 }
 MOST_ROWS = 16_384  # of text and code, evenly over their sequences
