@@ -6,7 +6,8 @@ Shape letters: B sequences, T positions, D width, V symbols, C code width, X val
 """
 
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from arbitor.attention.kv_cache import KvLedger
 from arbitor.batch import SlotBatch
 from arbitor.encoder.audio import AudioEncoder
+from arbitor.encoder.frozen_image import FrozenImageEncoder
 from arbitor.encoder.image import ImageEncoder, to_values
 from arbitor.encoder.places import Places
 from arbitor.encoder.text import WINDOW, TextEncoder
@@ -49,7 +51,7 @@ class ARBModel(nn.Module):
         self.text_encoder = TextEncoder(config.width, config.activation)
         self.image_encoder = self.audio_encoder = self.video_encoder = None
         if config.enable_image:
-            self.image_encoder = ImageEncoder(config.image, config.width, config.activation)
+            self.image_encoder = _image_encoder(config)
         if config.enable_audio:
             self.audio_encoder = AudioEncoder(config.width)
         if config.enable_video:
@@ -108,15 +110,33 @@ class ARBModel(nn.Module):
         """bfloat16 [B, T, D]: the content at its places, by the encoder of its modality, and the
         symbols elsewhere."""
         text_BTD = self.text_encoder(batch.symbols_BT)
-        if batch.modality == "image" and self.image_encoder is not None:
-            values_BTX = to_values(places.content())
-            return places.fill(text_BTD, self.image_encoder(values_BTX, places.number_BT))
-        if batch.modality == "video" and self.video_encoder is not None:
-            values_BTX = to_values(places.content())
-            return places.fill(text_BTD, self.video_encoder(values_BTX, places.number_BT))
-        if batch.modality == "audio" and self.audio_encoder is not None:
-            return places.fill(text_BTD, self.audio_encoder(places.content()))
-        return text_BTD
+        encoder = self.content_encoder(batch.modality)
+        if encoder is None:
+            return text_BTD
+        if isinstance(encoder, FrozenImageEncoder):
+            features_BPE = encoder.features(places.content_BPX)
+            features_BTE = replace(places, content_BPX=features_BPE).content()
+            return places.fill(text_BTD, encoder.project(features_BTE))
+        content_BTX, number_BT = places.content(), places.number_BT
+        return places.fill(text_BTD, self.encode(batch.modality, content_BTX, number_BT))
+
+    def content_encoder(self, modality: str) -> nn.Module | None:
+        """None for text and code, and for a modality that the model was built without."""
+        return {
+            "image": self.image_encoder,
+            "audio": self.audio_encoder,
+            "video": self.video_encoder,
+        }.get(modality)
+
+    def encode(self, modality: str, content: Tensor, number: Tensor) -> Tensor:
+        """bfloat16 [..., D] of content, uint8 [..., X], at places with the numbers [...].
+
+        A frozen encoder takes whole pictures.
+        """
+        encoder = self.content_encoder(modality)
+        if modality == "audio" or isinstance(encoder, FrozenImageEncoder):
+            return encoder(content)
+        return encoder(to_values(content), number)
 
     def hidden(self, embedded_BTD: Tensor, ledger: KvLedger | None = None) -> Tensor:
         """What the heads read, bfloat16 [B, T, D]; a ledger is moved on."""
@@ -144,13 +164,17 @@ class ARBModel(nn.Module):
             ledger.position += hidden_BTD.shape[1]
         return hidden_BTD, auxiliary
 
-    def logits(self, symbols_BT: Tensor, ledger: KvLedger | None = None) -> Tensor:
-        """int64 [B, T] of text or code -> bfloat16 [B, T, V]: what comes after each symbol.
+    def logits(self, symbols_BT: Tensor) -> Tensor:
+        """int64 [B, T] of text or code -> bfloat16 [B, T, V]: what comes after each symbol."""
+        return self.byte_head(self.hidden(self.text_encoder(symbols_BT)))
 
-        With a ledger the symbols go on where it ends, and it is moved on; it has reserved room.
-        """
-        before = None if ledger is None else ledger.embedded
-        return self.byte_head(self.hidden(self.text_encoder(symbols_BT, before), ledger))
+    def hidden_after(
+        self, symbols_BT: Tensor, ledger: KvLedger, content_BTD: Tensor | None = None
+    ) -> Tensor:
+        """bfloat16 [B, T, D]: what the heads read of symbols that go on where the ledger ends; it
+        has reserved room and is moved on. Places have what was encoded of their content."""
+        text_BTD = self.text_encoder(symbols_BT, ledger.embedded)
+        return self.hidden(text_BTD if content_BTD is None else content_BTD, ledger)
 
     def step_counts(self) -> list[tuple[str, StepCounts]]:
         """The modules whose integer state moves once a step, with their qualified names."""
@@ -180,6 +204,13 @@ class ARBModel(nn.Module):
     def ternary_weights(self) -> list[tuple[str, TernaryWeight]]:
         """Every weight of the model with its qualified name, in order of construction."""
         return [(n, m) for n, m in self.named_modules() if isinstance(m, TernaryWeight)]
+
+
+def _image_encoder(config: ModelConfig) -> ImageEncoder | FrozenImageEncoder:
+    shape = (config.image, config.width, config.activation)
+    if config.image_encoder:
+        return FrozenImageEncoder(Path(config.image_encoder), *shape)
+    return ImageEncoder(*shape)
 
 
 def _vq_bridge(config: ModelConfig) -> VQBridge:

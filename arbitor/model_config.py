@@ -38,6 +38,8 @@ class ModelConfig:
     video_head_layers: int = 2
     image: PatchGrid = field(default_factory=PatchGrid)
     video: PatchGrid = field(default_factory=PatchGrid)
+    # Safetensors of a DINOv2 transformer, which stays frozen; "" = an encoder that learns.
+    image_encoder: str = ""
     codebook_size: int = 4096
     head_width: int = 64
     rotary_width: int = 32
@@ -102,6 +104,11 @@ class ModelConfig:
             raise UserError(
                 f"model.rotary_width: expected an even number below head_width"
                 f" ({self.head_width}), got {self.rotary_width}"
+            )
+        if self.enable_video_head and self.width % self.head_width:
+            raise UserError(
+                f"model.width: the video head needs a multiple of head_width ({self.head_width}),"
+                f" got {self.width}"
             )
         if self.attention_window < 0 or self.hca_stride < 0:
             raise UserError("model.attention_window, model.hca_stride: expected at least 0")

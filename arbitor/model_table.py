@@ -10,6 +10,9 @@ from arbitor.kernel.ternary_scale import TernaryWeight
 # Label, what the names of its tensors start with, and the configuration key that builds it.
 _PARTS = (
     ("text encoder", r"text_encoder\.", None),
+    ("image encoder", r"image_encoder\.", "enable_image"),
+    ("audio encoder", r"audio_encoder\.", "enable_audio"),
+    ("video encoder", r"video_encoder\.", "enable_video"),
     ("VQ bridge", r"vq_bridge\.", "enable_vq"),
     ("trunk: attention", r"trunk\.\d+\.attention\.", "enable_attention"),
     ("trunk: feed-forward", r"trunk\.\d+\.feed_forward\.", None),
@@ -18,6 +21,8 @@ _PARTS = (
     ("loop: injection", r"loop\.decay", "has_loop"),
     ("loop: halting", r"loop\.halt\.", "enable_act"),
     ("byte head", r"byte_head\.", None),
+    ("talker head", r"talker_head\.", "enable_talker_head"),
+    ("video head", r"video_head\.", "enable_video_head"),
     ("output router", r"output_router\.", "enable_output_router"),
 )
 _WHY = {"has_loop": "enable_graph or enable_moe"}

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arbitor.generate import Decoder
+from arbitor.decoder import Decoder
 from arbitor.kernel.backend import set_backend
 from arbitor.kernel.swiglu.reference import swiglu_forward
 from arbitor.kernel.ternary_scale import TernaryLinear

@@ -13,10 +13,10 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from arbitor.errors import UserError
+from arbitor.media.picture import picture_size
 from arbitor.modality import BYTE_MODALITIES
 from data_pipeline.decode.audio import audio_seconds
 from data_pipeline.decode.content import ContentError
-from data_pipeline.decode.image import image_size
 from data_pipeline.decode.video import video_seconds
 from data_pipeline.files import ShardError, open_file
 from data_pipeline.format.open_shard import PARQUET_SUFFIXES, open_shard
@@ -159,7 +159,7 @@ def _count_media(row: MediaRow, modality: str, layout: Layout, findings: Finding
     findings.truncated += is_cut
     findings.num_bytes += len(row.content) + len(row.text)
     if modality == "image":
-        findings.add_size(min(image_size(row.content)))
+        findings.add_size(min(picture_size(row.content)))
         return
     seconds = LENGTHS[modality](row.content)
     findings.seconds += seconds

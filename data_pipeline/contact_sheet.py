@@ -32,12 +32,6 @@ def contact_sheet(
     return sheet
 
 
-def enlarge(pictures: np.ndarray, side: int) -> np.ndarray:
-    """uint8 [..., H, W, 3]: each pixel becomes the smallest square that makes H `side` or more."""
-    factor = -(-side // pictures.shape[-3])
-    return pictures.repeat(factor, axis=-3).repeat(factor, axis=-2)
-
-
 def _lines(caption: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
     """Broken between words where that is possible, and at the end of the picture where not."""
     lines, rest = [], " ".join(caption.split())

@@ -1,7 +1,8 @@
 """How a row of images, sound or video stands in a sequence: places, symbols and the caption.
 
 [caption] BEGIN place ... place END, or BEGIN place ... place END [caption]: half and half, by a
-hash of the run's seed and the row's id. A place is one patch or one frame of codes, X bytes.
+hash of the run's seed and the row's id. Then END_OF_DOCUMENT, by which a caption's end is learned,
+unless the sequence is full. A place is one patch or one frame of codes, X bytes.
 """
 
 import hashlib
@@ -13,8 +14,9 @@ import numpy as np
 
 from arbitor import vocab
 from arbitor.audio_codec import NUM_CODES
+from arbitor.media.patches import to_patches
 from data_pipeline.decode.audio import AudioConfig, decode_audio_codes
-from data_pipeline.decode.image import ImageConfig, decode_image, to_patches
+from data_pipeline.decode.image import ImageConfig, decode_image
 from data_pipeline.decode.video import VideoConfig, decode_video
 
 MediaConfig = ImageConfig | AudioConfig | VideoConfig
@@ -38,7 +40,8 @@ class Layout:
         content = [self.begin, *[self.place] * places, self.end]
         is_first = hashlib.blake2b(f"{seed} {row_id}".encode(), digest_size=1).digest()[0] & 1
         symbols = [*kept, *content] if is_first else [*content, *kept]
-        return symbols, len(kept) < len(caption)
+        ending = [vocab.END_OF_DOCUMENT] if len(symbols) < self.sequence_length else []
+        return symbols + ending, len(kept) < len(caption)
 
 
 def layout_of(config: MediaConfig) -> Layout:

@@ -1,30 +1,25 @@
 """Sequences turned back into files that people read, look at and listen to.
 
-Shape letters: T positions, P places of a sequence, X bytes of a place, F frames, H height, W width.
+Shape letters: T positions, P places of a sequence, X bytes of a place.
 """
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from itertools import groupby
 from pathlib import Path
 
-import av
 import numpy as np
-import soundfile
 
 from arbitor import vocab
-from arbitor.audio_codec import SAMPLING_RATE, decode
-from data_pipeline.contact_sheet import contact_sheet, enlarge
+from arbitor.media.files import FRAME_SIDE, enlarge, mp4, wav
+from arbitor.media.patches import frames_of, from_patches
+from data_pipeline.contact_sheet import contact_sheet
 from data_pipeline.decode.audio import AudioConfig
-from data_pipeline.decode.image import ImageConfig, from_patches
-from data_pipeline.decode.video import VideoConfig
+from data_pipeline.decode.image import ImageConfig
 from data_pipeline.layout import MediaConfig, layout_of
 from data_pipeline.plan import SlotPlan
 
 PICTURE_SIDE = 192  # pixels at least; smaller pictures are enlarged
-FRAME_SIDE = 96
 FRAME_GAP = 3
 PICTURES_A_LINE = 4
 END_MARK = b"<end of document>\n"
@@ -45,8 +40,8 @@ class SeenSequence:
 
     @property
     def text(self) -> str:
-        """The bytes among the targets, and the ends of documents."""
-        marks = {vocab.END_OF_DOCUMENT: END_MARK}
+        """The bytes among the targets, and the ends of documents where there may be several."""
+        marks = {vocab.END_OF_DOCUMENT: END_MARK} if self.content is None else {}
         targets = self.symbols[1:].tolist()
         parts = (bytes([s]) if s < vocab.NUM_BYTES else marks.get(s, b"") for s in targets)
         return b"".join(parts).decode("utf-8", "replace")
@@ -68,13 +63,16 @@ def write_source(
     files = [f"{source}-{i:02}.{ending}" for i in range(len(sequences))]
     if isinstance(media, AudioConfig):
         for file, codes in zip(files, contents, strict=True):
-            soundfile.write(out / file, decode(codes), SAMPLING_RATE, subtype="PCM_16")
+            (out / file).write_bytes(wav(codes))
         return _table(sequences, media, files)
-    films = [enlarge(_frames(patches, media), FRAME_SIDE) for patches in contents]
+    films = [frames_of(patches, media.num_frames, media.patch) for patches in contents]
     for file, film in zip(files, films, strict=True):
-        (out / file).write_bytes(_mp4(film, media.frames_per_second))
+        (out / file).write_bytes(mp4(film, media.frames_per_second))
     between = ((0, 0), (0, 0), (0, FRAME_GAP), (0, 0))
-    strips = [np.concatenate(np.pad(f, between, constant_values=255), axis=1) for f in films]
+    strips = [
+        np.concatenate(np.pad(enlarge(f, FRAME_SIDE), between, constant_values=255), axis=1)
+        for f in films
+    ]
     _write_sheet(out / f"{source}.png", strips, sequences, columns=1)
     return [*sheet, *_table(sequences, media, files)]
 
@@ -127,23 +125,3 @@ def _name(row: tuple[str, int] | None) -> str:
 def _content(sequence: SeenSequence, media: MediaConfig) -> np.ndarray:
     """uint8 [P, X]: the places that are used."""
     return sequence.content[: np.count_nonzero(sequence.symbols == layout_of(media).place)]
-
-
-def _frames(patches: np.ndarray, media: VideoConfig) -> np.ndarray:
-    """uint8 [P, X] -> [F, H, W, 3]."""
-    by_frame = patches.reshape(media.num_frames, -1, patches.shape[-1])
-    return from_patches(by_frame, media.patch)
-
-
-def _mp4(frames_FHW3: np.ndarray, frames_per_second: float) -> bytes:
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4") as container:
-        rate = Fraction(frames_per_second).limit_denominator(1000)
-        stream = container.add_stream("libx264", rate=rate, options={"qp": "10"})
-        stream.height, stream.width = (side // 2 * 2 for side in frames_FHW3.shape[1:3])
-        stream.pix_fmt = "yuv420p"
-        for pixels in frames_FHW3:
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    return buffer.getvalue()

@@ -53,7 +53,7 @@ class RunConfig:
     backend: str = "auto"
     log_interval: int = 10
     eval_interval: int = 200  # 0 = never; otherwise also after the last step
-    sample_interval: int = 0  # steps between texts that the model writes, 0 = never
+    sample_interval: int = 0  # steps between samples of each modality, 0 = never
     save_interval: int = 200  # 0 = only after the last step
     save: bool = True
     keep_checkpoints: int = 2  # the newest ones; one that turns out damaged needs one before it
@@ -152,6 +152,9 @@ def load_run_config(
     for flag, value in vars(options).items():
         if value is not None and flag != "words":
             _apply_flag(values, "--" + flag.replace("_", "-"), value)
+    encoder = (values.get("model") or {}).get("image_encoder")
+    if encoder:
+        values["model"]["image_encoder"] = str(Path(str(encoder)).absolute())
     values["storage"] = str(Path(str(values.get("storage") or RunConfig.storage)).absolute())
     return build(RunConfig, values)
 

@@ -18,7 +18,7 @@ def with_needed_parts(config: RunConfig) -> RunConfig:
     """The same run with every part of the model decided: encoders and heads by the sources' weights
     where the config leaves them open, shapes by its data section.
 
-    Raises UserError for a source whose encoder is switched off.
+    Raises UserError for a source whose encoder is switched off, and for parts that do not fit.
     """
     needed = {source.modality for source in config.data.active_sources.values()}
     parts: dict[str, Any] = {}
@@ -36,13 +36,17 @@ def with_needed_parts(config: RunConfig) -> RunConfig:
         parts[f"enable_{name}"] = wanted and bool(modalities & built)
     parts["enable_output_router"] = config.model.enable_output_router and bool(built)
     grids = {name: _grid(config.data, name) for name in ("image", "video") if name in built}
-    return replace(config, model=replace(config.model, **parts, **grids))
+    model = replace(config.model, **parts, **grids)
+    model.validate()
+    return replace(config, model=model)
 
 
 def _grid(data: DataConfig, modality: str) -> PatchGrid:
     media = getattr(data, modality)
-    frames = media.num_frames if modality == "video" else 1
-    return PatchGrid(media.patch, media.size // media.patch, frames)
+    grid = PatchGrid(media.patch, media.size // media.patch)
+    if modality == "image":
+        return grid
+    return replace(grid, frames=media.num_frames, frames_per_second=media.frames_per_second)
 
 
 def refuse_unbuilt(before: Mapping[str, Any], now: Mapping[str, Any], folder: str) -> None:

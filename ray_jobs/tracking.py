@@ -96,7 +96,7 @@ class Tracker:
         ]
         for start in range(0, len(metrics), _BATCH):
             self._client.log_batch(self._run_id, metrics=metrics[start : start + _BATCH])
-        for path in sorted((self._config.folder / SAMPLES).glob("step-*.txt")):
+        for path in sorted((self._config.folder / SAMPLES).glob("step-*")):
             if path not in self._samples_sent:
                 self._client.log_artifact(self._run_id, str(path), SAMPLES)
                 self._samples_sent.add(path)

@@ -199,7 +199,8 @@ class Recorder:
         if self._due(done, self.config.eval_interval):
             metrics |= self.validation_metrics()
         if self.config.sample_interval and self._due(done, self.config.sample_interval):
-            write_samples(self.model, self.config.folder, done)
+            held_out = {source: slots.result() for source, slots in self._held_out.items()}
+            write_samples(self.model, self.config, done, held_out)
         self.journal.append(done, metrics)
         self.states.add(self.data.plan, done)
         if self.config.save and self._due(done, self.config.save_interval):

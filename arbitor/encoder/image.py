@@ -22,6 +22,7 @@ class PatchGrid:
     patch: int = 16  # pixels of a patch's side
     side: int = 14  # patches of a frame's side
     frames: int = 1
+    frames_per_second: float = 4.0  # of a film
 
     @property
     def patch_values(self) -> int:

@@ -36,7 +36,7 @@ def decode(model, symbols, chunks, dtype=torch.bfloat16):
     assert sum(chunks) == symbols.shape[1]
     for chunk in symbols.split(chunks, dim=1):
         ledger.reserve(sum(p.shape[1] for p in parts) + chunk.shape[1])
-        parts.append(model.logits(chunk, ledger))
+        parts.append(model.byte_head(model.hidden_after(chunk, ledger)))
     assert ledger.position.item() == symbols.shape[1]
     return torch.cat(parts, dim=1)
 

@@ -13,6 +13,7 @@ from arbitor.kernel.backend import set_backend
 from arbitor.main import ARBModel, ModelConfig
 from arbitor.optimizer import TernaryOptimizer, UpdateConfig
 from arbitor.trainer import SlotRunner, train_step
+from tests.arbitor.content_slots import ALL_PARTS, made_up_slot
 
 CONFIG = ModelConfig(
     width=192, num_layers=2, enable_attention=True, attention_window=32, hca_stride=8
@@ -32,7 +33,15 @@ def make_batch(step, slot):
     )
 
 
-def trained(slots, options, model_config=CONFIG):
+def content_batch(step, slot):
+    """A slot of pictures, sound or film; its noise is that of step and slot."""
+    batch = made_up_slot(("image", "audio", "video")[slot % 3], seed=100 * step + slot)
+    noise = torch.tensor([step, slot], dtype=torch.int32, device="cuda")
+    tensors = {name: x.cuda() for name, x in vars(batch).items() if isinstance(x, torch.Tensor)}
+    return replace(batch, step=step, slot=slot, **tensors | {"step_and_slot_2": noise})
+
+
+def trained(slots, options, model_config, make):
     torch.use_deterministic_algorithms(True)
     set_backend("triton")
     config = UpdateConfig(warmup_steps=2, **options)
@@ -41,7 +50,7 @@ def trained(slots, options, model_config=CONFIG):
     optimizer = TernaryOptimizer(model, config, total_steps=STEPS, slots_per_step=slots, seed=0)
     run_slot = SlotRunner(model, optimizer)
     reports = [
-        train_step(run_slot, step, [make_batch(step, slot) for slot in range(slots)])
+        train_step(run_slot, step, [make(step, slot) for slot in range(slots)])
         for step in range(STEPS)
     ]
     torch.use_deterministic_algorithms(False)
@@ -61,20 +70,28 @@ def trained(slots, options, model_config=CONFIG):
     ids=str,
 )
 def test_recorded_steps_leave_the_bits_of_launched_ones(options, slots, monkeypatch):
-    assert_recorded_as_launched(slots, options, CONFIG, monkeypatch)
+    assert_recorded_as_launched(slots, options, CONFIG, 3, monkeypatch)
 
 
 @pytest.mark.gpu
 def test_recorded_steps_of_the_full_stack_count_as_launched_ones(monkeypatch):
-    assert_recorded_as_launched(3, {}, FULL, monkeypatch)
+    assert_recorded_as_launched(3, {}, FULL, 3, monkeypatch)
 
 
-def assert_recorded_as_launched(slots, options, model_config, monkeypatch):
-    recorded, reports, recordings = trained(slots, options, model_config)
-    assert recordings == 3
+@pytest.mark.gpu
+def test_recorded_steps_of_content_leave_the_bits_of_launched_ones(monkeypatch):
+    # A slot of each modality and the update.
+    assert_recorded_as_launched(3, {}, ALL_PARTS, 4, monkeypatch, content_batch)
+
+
+def assert_recorded_as_launched(
+    slots, options, model_config, expected_recordings, monkeypatch, make=make_batch
+):
+    recorded, reports, recordings = trained(slots, options, model_config, make)
+    assert recordings == expected_recordings
     for module in (optimizer_module, trainer_module):
         monkeypatch.setattr(module, "can_record", lambda device: False)
-    launched, expected_reports, recordings = trained(slots, options, model_config)
+    launched, expected_reports, recordings = trained(slots, options, model_config, make)
     assert recordings == 0
     assert [*map(str, reports)] == [*map(str, expected_reports)]  # as text: NaN is NaN
     for (name, left), right in zip(recorded.state_dict().items(), launched.buffers(), strict=True):

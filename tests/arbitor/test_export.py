@@ -28,9 +28,9 @@ FULL = replace(CONFIG, enable_vq=True, enable_graph=True, enable_moe=True, codeb
 FORMATS = [StateFormat(), StateFormat(latent_bits=6, group_size=16), StateFormat(rule="bigint")]
 
 
-def save(folder, format=FORMATS[0], config=CONFIG, step=3):
+def save(folder, format=FORMATS[0], config=CONFIG, step=3, model=None):
     """A run's folder with one checkpoint, and the model in it."""
-    model = ARBModel(config, 1, format)
+    model = model or ARBModel(config, 1, format)
     values = {"model": vars(config), "update": vars(format) | {"latent_rate": 9.0}}
     save_checkpoint(
         folder / "checkpoints",

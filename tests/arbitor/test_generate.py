@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from arbitor import generate as module
+from arbitor import decoder as module
+from arbitor.decoder import Decoder, Sampling, texts
 from arbitor.errors import UserError
 from arbitor.export import open_model
-from arbitor.generate import Decoder, Sampling, generate, main, texts
+from arbitor.generate import generate, main
 from arbitor.vocab import END_OF_DOCUMENT
 from tests.arbitor.float_model import random_symbols
 from tests.arbitor.test_export import save
@@ -80,7 +81,7 @@ def test_the_command_prints_prompt_and_text(run_folder, capsys):
     main(["--checkpoint", str(run_folder), "--prompt", "So", "--length", "12", "--seed", "3"])
     alone = capsys.readouterr()
     assert alone.out.startswith("So") and "step 3" in alone.err and "a second" in alone.err
-    main(["--checkpoint", str(run_folder), "--prompt", "So", "--length", "12", "--batch", "2"])
+    main(["--checkpoint", str(run_folder), "--prompt", "So", "--length", "12", "--samples", "2"])
     assert capsys.readouterr().out.count("\nSo") == 2
 
 

@@ -1,7 +1,7 @@
 """ARBModel: no leaks, gradients against a float model, what is built."""
 
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -14,8 +14,9 @@ from arbitor.errors import UserError
 from arbitor.kernel.ternary_scale import TernaryEmbedding, TernaryLinear
 from arbitor.main import SIZES, ARBModel, ModelConfig, main
 from arbitor.optimizer import UpdateConfig
-from arbitor.settings import build
+from arbitor.settings import build, write_yaml
 from arbitor.vocab import PADDING
+from tests.arbitor.content_slots import ALL_PARTS
 
 TINY = ModelConfig(width=64, num_layers=2, head_width=32, rotary_width=16)
 ATTENTION = ModelConfig(
@@ -169,3 +170,10 @@ def test_the_table_names_every_part_and_why_it_is_there(tmp_path, update):
     assert re.search(r"^experts +no: without enable_moe +0 +0 +-$", table, re.M)
     bits = float(table.split()[-1])
     assert 2 < bits < 18
+
+
+def test_the_table_of_a_run_with_all_modalities_has_their_parts(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(write_yaml({"model": asdict(ALL_PARTS)}))
+    for part in ("image encoder", "audio encoder", "video encoder", "talker head", "video head"):
+        assert re.search(rf"^{part} +yes: enable_\w+ +[1-9]", main([str(path)]), re.M)

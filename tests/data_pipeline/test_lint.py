@@ -51,14 +51,15 @@ def test_clean_shards_of_all_modalities_are_told_apart(tmp_path, capsys):
     assert figure(sources["text"], "positions") == f"{num_bytes + 50:,}"
     assert figure(sources["text"], "columns") == "id int64, text string"
 
-    # Images of 224 pixels have 196 patches; sound 50 frames a second; video 8 frames of 16 patches.
+    # Images of 224 pixels have 196 patches, sound 50 frames a second, video 8 frames of 16 patches;
+    # two borders and an end stand around them.
     captions = sum(len(f"n{n}.") for n in range(12))
-    assert figure(sources["image"], "positions") == f"{12 * 198 + captions:,}"
+    assert figure(sources["image"], "positions") == f"{12 * (196 + 3) + captions:,}"
     assert figure(sources["audio"], "seconds") == "1.0 (0.00 h)"  # 50, 100, 150, 200 ms, twice
     # 50 and 150 ms end within a frame of 20 ms.
-    assert figure(sources["audio"], "positions") == str(2 * (3 + 5 + 8 + 10) + 8 * (2 + 3))
+    assert figure(sources["audio"], "positions") == str(2 * (3 + 5 + 8 + 10) + 8 * (2 + 3 + 1))
     assert figure(sources["video"], "seconds") == "6.0 (0.00 h)"  # 4 frames, 4 a second
-    assert figure(sources["video"], "positions") == str(6 * (8 * 16 + 2 + 3))
+    assert figure(sources["video"], "positions") == str(6 * (8 * 16 + 2 + 3 + 1))
 
 
 def test_sizes_fall_into_powers_of_two(tmp_path, capsys):

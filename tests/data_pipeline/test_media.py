@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from arbitor.batch import NO_TARGET
-from arbitor.vocab import END_OF_DOCUMENT, PADDING
+from arbitor.vocab import END_OF_DOCUMENT, NUM_BYTES, PADDING
 from data_pipeline.files import ShardError
 from data_pipeline.layout import layout_of
 from data_pipeline.plan import WindowKey
@@ -43,6 +43,7 @@ def split(sequence, modality):
     assert symbols.pop(0) == END_OF_DOCUMENT
     while symbols[-1] == PADDING:
         symbols.pop()
+    assert symbols.pop() == END_OF_DOCUMENT
     first, last = symbols.index(begin), symbols.index(end)
     assert set(symbols[first + 1 : last]) == {place}
     caption = bytes(symbols[:first] + symbols[last + 1 :]).decode()
@@ -104,6 +105,10 @@ def test_captions_are_cut_to_fit_and_counted(tmp_path):
     }
     keys = [WindowKey("image", 0, 0, i) for i in range(len(data.windows["image"]))]
     assert sum(data.task(key).read()[0].report.truncated for key in keys) == 9
+    held = (row for slot in epoch(data) for row in slot.symbols if row[0] != PADDING)
+    for sequence in held:
+        is_full = np.count_nonzero(sequence < NUM_BYTES) == room
+        assert np.count_nonzero(sequence[1:] == END_OF_DOCUMENT) == (not is_full)
 
 
 def bad_rows():

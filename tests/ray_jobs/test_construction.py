@@ -100,3 +100,9 @@ def test_a_loss_weight_is_a_power_of_two(weight):
     with pytest.raises(UserError, match="loss_weight.image: expected a power of two"):
         load("pretrain", f"loss_weight.image={weight}")
     assert load("pretrain", "loss_weight.image=0.25").loss_weight.of("image") == 0.25
+
+
+def test_a_width_that_the_video_head_cannot_split_is_refused():
+    with pytest.raises(UserError, match="model.width: the video head needs a multiple of head_w"):
+        load("diffusion", "model.width=80")
+    assert load("vision", "model.width=80").model.width == 80

@@ -5,14 +5,21 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
+import av
+import numpy as np
 import pytest
+import soundfile
 from mlflow.tracking import MlflowClient
+from PIL import Image
 
+from arbitor.audio_codec import HOP
 from arbitor.checkpoint import MANIFEST, load_checkpoint, newest_checkpoint
 from arbitor.errors import UserError
 from arbitor.main import ARBModel
 from arbitor.settings import build
+from data_pipeline.contact_sheet import MARGIN
 from data_pipeline.run_data import read_slots
 from ray_jobs.config import Resume, RunConfig
 from ray_jobs.construction import with_needed_parts
@@ -27,7 +34,6 @@ VALUES = {
     "log_interval": 5,
     "eval_interval": 10,
     "save_interval": 10,
-    "sample_interval": 10,
     "log_slots": True,
     "model": {"width": 64, "num_layers": 1, "head_width": 32, "rotary_width": 16},
     "update": {"warmup_steps": 5},
@@ -67,7 +73,7 @@ def make_config(storage, name, profile=False, **scaling):
 
 @pytest.fixture(scope="module")
 def one_worker(ray_head, storage):
-    config = make_config(storage, "one")
+    config = replace(make_config(storage, "one"), sample_interval=10)  # of the runs here, only it
     run(config)
     return config
 
@@ -113,6 +119,21 @@ def test_the_same_run_again_ends_with_the_same_bits_profiled_or_not(one_worker, 
     table = (again.folder / "profile.txt").read_text()
     assert table.startswith("step 6\n") and "aten::mm" in table
     assert f"profile:    {again.folder / 'profile.txt'}" in capsys.readouterr().out
+
+
+def check_samples(stem):
+    """The files of a step are what they say."""
+    assert Path(f"{stem}.txt").read_text().startswith("--- 1\n")
+    captions = Path(f"{stem}-captions.txt").read_text().splitlines()
+    assert all(line.startswith("a ") for line in captions[::2]), "those of held-out rows"
+    assert all(line.startswith("-> ") for line in captions[1::2])
+    # Four pictures of 16 pixels, enlarged to 96, two a line, above their captions.
+    sheet = np.asarray(Image.open(f"{stem}-image.png"))
+    assert sheet.shape[1] == 2 * 96 + 3 * MARGIN
+    assert sheet[MARGIN : MARGIN + 96, MARGIN : MARGIN + 96].std() > 0
+    assert soundfile.info(f"{stem}-audio-1.wav").frames % HOP == 0
+    with av.open(f"{stem}-video-1.mp4") as container:
+        assert len(list(container.decode(video=0))) == 2
 
 
 def test_losses_do_not_depend_on_the_number_of_workers(one_worker, two_workers):
@@ -166,8 +187,10 @@ def test_mlflow_has_one_run_with_one_point_a_step(one_worker, storage):
     assert [point.step for point in totals] == list(range(1, STEPS + 1))
     assert totals[-1].value < totals[0].value
     samples = [f.path for f in client.list_artifacts(note["run_id"], "samples")]
-    assert samples == ["samples/step-00000010.txt", "samples/step-00000020.txt"]
-    assert (one_worker.folder / samples[1]).read_text().startswith("--- 1\n")
+    kinds = ("-audio-0.wav", "-audio-1.wav", "-captions.txt", "-image.png")
+    kinds = (*kinds, "-video-0.mp4", "-video-1.mp4", ".txt")
+    assert samples == [f"samples/step-{s:08}{kind}" for s in (10, 20) for kind in kinds]
+    check_samples(one_worker.folder / "samples" / "step-00000020")
     routed = client.get_metric_history(note["run_id"], "parts/image/router_accuracy")
     assert len(routed) > STEPS / 2
     assert "parts/text/router_accuracy" not in run_info.data.metrics

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from arbitor.errors import UserError
-from data_pipeline.decode.image import ImageConfig, decode_image, from_patches, to_patches
+from arbitor.media.patches import from_patches, to_patches
+from data_pipeline.decode.image import ImageConfig, decode_image
 from tests.data_pipeline.media import BLUE, RED, WHITE, damaged, encode_image, refused
 
 CONFIG = ImageConfig(size=32, patch=8, sequence_length=64)
