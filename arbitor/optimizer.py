@@ -162,6 +162,7 @@ class TernaryOptimizer:
             raise NonFiniteError(f"step {step}: {non_finite} gradient entries are not finite")
         for bucket, exchange in zip(buckets, exchanges, strict=True):
             self._end_sum(exchange)
+            self._sums.end_exchange(bucket)
             self._update(bucket)
         parts = self._apply_counts(step, counts)
         weights = max(1, sum(weight.num_weights for weight in active.values()))
@@ -291,7 +292,6 @@ class TernaryOptimizer:
         self._words.copy_(torch.tensor(words, dtype=torch.int32))
 
     def _launch_updates(self, bucket: tuple[str, ...]) -> None:
-        self._sums.end_exchange(bucket)
         for name in bucket:
             total, place = self._sums[name], self._place[name]
             words, num_slots = self._words[place], self._num_slots[place]
