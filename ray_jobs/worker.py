@@ -218,6 +218,7 @@ class Recorder:
             **self.data_metrics(),
             "throughput/positions_per_s": positions / report.seconds,
             "throughput/data_wait_pct": 100 * report.data_wait_seconds / report.seconds,
+            "throughput/workers": ray.train.get_context().get_world_size(),
             "ternary/flip_rate": report.update.flip_rate,
             "ternary/zero_fraction": report.update.zero_fraction,
             "ternary/saturated_fraction": report.update.saturated_fraction,
