@@ -73,7 +73,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=2048, help="positions of a sequence")
     parser.add_argument("--positions", type=int, default=16384, help="a slot's")
     parser.add_argument("--slots", type=int, default=8, help="a step's")
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--out", type=Path)
     return parser.parse_args(arguments)
 
