@@ -21,20 +21,17 @@ from arbitor.settings import build, read_yaml, write_yaml
 from data_pipeline.index import index_sources
 from data_pipeline.manifest import changes, manifests_from_json, manifests_to_json
 from data_pipeline.run_data import RunData
-from ray_jobs.config import RunConfig, Scaling, load_run_config
+from ray_jobs.config import RunConfig, load_run_config
 from ray_jobs.console import Console
 from ray_jobs.construction import refuse_unbuilt, with_needed_parts
 from ray_jobs.journal import NAME as JOURNAL
 from ray_jobs.journal import JournalReader
+from ray_jobs.scaling import ray_scaling
 from ray_jobs.tracking import NOTE, Tracker, flatten, read_note
 from ray_jobs.worker import CHECKPOINTS, DATA_MANIFEST, PROFILE, run_worker
 
 CONFIG = "config.yaml"
 DATA_CHANGES = "data-changes.jsonl"  # written where a run went on with other data
-
-RESIZE_INTERVAL_S = (
-    60.0  # between looks for room for more workers: they cost the steps since a save
-)
 
 # A run that goes on may change these keys and sections; everything else decides its bits.
 _MAY_CHANGE = (
@@ -207,18 +204,6 @@ def train_on_ray(config: RunConfig) -> None:
         ),
     )
     trainer.fit()
-
-
-def ray_scaling(scaling: Scaling) -> ray.train.ScalingConfig:
-    """As many workers as asked for; of a range as many as there is room for, looked at again and
-    again: then all of them begin anew with the newest checkpoint.
-    """
-    workers = scaling.num_workers
-    return ray.train.ScalingConfig(
-        num_workers=workers if isinstance(workers, int) else (workers[0], workers[1]),
-        use_gpu=scaling.use_gpu,
-        elastic_resize_monitor_interval_s=RESIZE_INTERVAL_S,
-    )
 
 
 def closing_lines(config: RunConfig, tracking_uri: str) -> str:
