@@ -2,13 +2,17 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: smoke test check
+.PHONY: smoke test check chaos
 
 smoke: .venv/ready
 	$(BIN)/python -m ray_jobs.smoke
 
 test: .venv/ready
 	$(BIN)/python -m pytest
+
+# About an hour on two cores: processes of a run are killed 200 times; it must end as if none was.
+chaos: .venv/ready
+	$(BIN)/python -m benchmarks.chaos --out benchmarks/results/$$(date +%F)-chaos.json
 
 check: .venv/ready
 	$(BIN)/ruff check .

@@ -5,13 +5,13 @@ number of workers and restarts cannot change it. After the sum there is no float
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from arbitor.cuda_graph import Recording, can_record
+from arbitor.gradient_sums import AllReduce, GradientSums, Work
 from arbitor.kernel.latent_update.fixed_point import (
     STREAM_SLOT,
     STREAM_UPDATE,
@@ -25,8 +25,6 @@ from arbitor.kernel.ternary_scale import TernaryWeight
 from arbitor.loss import FIGURES
 from arbitor.main import ARBModel
 from arbitor.update_rule import BigintRule, LatentRule, UpdateConfig
-
-AllReduce = Callable[[Tensor], None]  # sums an int32 or int64 tensor over the workers, in place
 
 
 @dataclass(frozen=True)
@@ -75,13 +73,14 @@ class TernaryOptimizer:
         self.device = self.weights[0][1].log2_scale.device
         self._place = {name: i for i, (name, _) in enumerate(self.weights)}
         self._updates = {name: self.rule.updates_done(weight) for name, weight in self.weights}
-        self._sums: dict[str, Tensor] = {}  # all zero between steps
+        shapes = {name: self.rule.sum_shape(weight) for name, weight in self.weights}
+        self._sums = GradientSums(shapes, self.rule.sum_dtype, self.device, all_reduce)
         self._slot_keys = self._zeros(len(self.weights), 1, dtype=torch.int32)
         self._words = self._zeros(len(self.weights), self.rule.num_words, dtype=torch.int32)
         self._num_slots = self._zeros(len(self.weights), 1, dtype=torch.int32)  # of all workers
         self._conversion = self._zeros(2)  # non-finite and clipped entries
         self._update_counts = self._zeros(3)  # flips, zeros, saturated
-        self._launched_updates: set[tuple[str, ...]] = set()
+        self._launched_updates: set[tuple[str, ...]] = set()  # by bucket
         self._recorded_updates: dict[tuple[str, ...], Recording] = {}
         self._start_step()
 
@@ -144,44 +143,67 @@ class TernaryOptimizer:
         return all(self._updates[name] for name in names)
 
     def step(self, step: int) -> UpdateReport:
-        """Sums over the workers, updates every weight that got a gradient, starts the next step."""
+        """Sums over the workers, updates every weight that got a gradient, starts the next step.
+
+        The sums travel while whatever does not need them runs: a bucket is updated beside the
+        exchange of those after it.
+        """
         self._set_words(step)
-        losses, figures = self._gather(step)
+        losses, figures, count_lengths = self._gather(step)
         touched = [pair for pair in self.weights if self._contributions[pair[0]]]
-        active = [(name, weight) for name, weight in touched if self._is_ready(step, name, weight)]
-        self._reduce(self._conversion)
+        active = dict(pair for pair in touched if self._is_ready(step, *pair))
+        conversion = self._begin_sum(self._conversion)
+        counts = self._begin_counts(count_lengths)
+        buckets = self._sums.buckets(list(active))
+        exchanges = [self._sums.begin_exchange(bucket) for bucket in buckets]
+        self._end_sum(conversion)
         non_finite, clipped = self._conversion.tolist()
         if non_finite:
             raise NonFiniteError(f"step {step}: {non_finite} gradient entries are not finite")
-        self._update(dict(active))
-        parts = self._apply_counts(step)
-        weights = max(1, sum(weight.num_weights for _, weight in active))
+        for bucket, exchange in zip(buckets, exchanges, strict=True):
+            self._end_sum(exchange)
+            self._sums.end_exchange(bucket)
+            self._update(bucket)
+        parts = self._apply_counts(step, counts)
+        weights = max(1, sum(weight.num_weights for weight in active.values()))
         shares = [count / weights for count in self._update_counts.tolist()]
-        converted = max(1, sum(self._contributions[n] * w.num_weights for n, w in active))
+        converted = max(1, sum(self._contributions[n] * w.num_weights for n, w in active.items()))
         self._start_step()
         return UpdateReport(
             losses, figures, *shares, clipped_fraction=clipped / converted, parts=parts
         )
 
-    def _gather(self, step: int) -> tuple[list[float], list[list[float]]]:
-        """The losses and figures of all slots; makes the contributions those of all workers.
+    def _gather(self, step: int) -> tuple[list[float], list[list[float]], list[int]]:
+        """The losses and figures of all slots, and how many numbers each counting module counts in
+        a slot; makes the contributions those of all workers.
 
-        A slot's loss comes from one worker, the others add 0: the sum of its bits copies it.
+        What belongs to a slot comes from one worker, the others add 0: the sum copies it. A worker
+        may have had no slot.
         """
-        contributions = torch.tensor(list(self._contributions.values()), dtype=torch.int32)
-        loss_bits = self._loss_bits()
-        gathered = torch.cat([loss_bits.flatten(), contributions.to(self.device)])
-        self._reduce(gathered)
-        self._num_slots.copy_(gathered[loss_bits.numel() :].unsqueeze(1))
-        gathered = gathered.cpu()
-        rows = gathered[: loss_bits.numel()].view(torch.float32).view_as(loss_bits).tolist()
+        parts = [
+            self._loss_bits(),
+            torch.tensor(list(self._contributions.values()), dtype=torch.int32),
+            self._count_lengths(),
+        ]
+        gathered = torch.cat([part.flatten().to(self.device) for part in parts])
+        self._end_sum(self._begin_sum(gathered))
+        sizes = [part.numel() for part in parts]
+        self._num_slots.copy_(gathered.split(sizes)[1].unsqueeze(1))
+        bits, contributions, lengths = gathered.cpu().split(sizes)
+        rows = bits.view(torch.float32).view_as(parts[0]).tolist()
         losses, figures = [row[0] for row in rows], [row[1:] for row in rows]
         bad = [slot for slot, loss in enumerate(losses) if not math.isfinite(loss)]
         if bad:
             raise NonFiniteError(f"step {step}: the loss of slot {bad[0]} is {losses[bad[0]]}")
-        counts = gathered[loss_bits.numel() :].tolist()
-        self._contributions = dict(zip(self._updates, counts, strict=True))
-        return losses, figures
+        self._contributions = dict(zip(self._updates, contributions.tolist(), strict=True))
+        return losses, figures, lengths.view_as(parts[2]).amax(dim=0).tolist()
+
+    def _count_lengths(self) -> Tensor:
+        """int32 [slots, counting modules]: of this worker's slots, 0 elsewhere."""
+        lengths = torch.zeros(self.slots_per_step, len(self.counters), dtype=torch.int32)
+        for slot, counts in self._slot_counts.items():
+            lengths[slot] = torch.tensor([counts_L.numel() for counts_L in counts])
+        return lengths
 
     def _loss_bits(self) -> Tensor:
         """int32 [slots, 1 + figures]: the float32 losses and figures of this worker's slots, 0
@@ -202,7 +224,7 @@ class TernaryOptimizer:
         exact_sum = self._zeros(weight.num_rows, weight.num_cols)
         for _, gradient in gradients:
             exact_sum += quantize_exact(gradient.float())
-        self._reduce(exact_sum)
+        self._end_sum(self._begin_sum(exact_sum))
         if not calibrate(weight.state(), exact_sum):
             return False
         for slot, gradient in gradients:
@@ -216,48 +238,47 @@ class TernaryOptimizer:
     def _add_integers(
         self, name: str, weight: TernaryWeight, gradient: Tensor, key: Tensor
     ) -> None:
-        self.rule.add_slot(weight, gradient, key, self._sum(name, weight), self._conversion)
+        self.rule.add_slot(weight, gradient, key, self._sums[name], self._conversion)
 
-    def _sum(self, name: str, weight: TernaryWeight) -> Tensor:
-        if name not in self._sums:
-            self._sums[name] = self.rule.blank_sum(weight)
-        return self._sums[name]
+    def _update(self, bucket: tuple[str, ...]) -> None:
+        """Updates a bucket's weights; the launches are recorded once per bucket.
 
-    def _update(self, active: dict[str, TernaryWeight]) -> None:
-        """Sums over the workers, then updates; the launches are recorded once per set of weights.
-
-        The first update of a set is launched as it is: that compiles the kernels.
+        The first update of a bucket is launched as it is: that compiles the kernels.
         """
-        for name, weight in active.items():
-            total = self._sum(name, weight)  # zeros where only other workers had its slots
-            if self.all_reduce is not None:
-                all_reduce_packed(total, self.all_reduce)
-        names = tuple(active)
-        is_first = names not in self._launched_updates
-        self._launched_updates.add(names)
-        for name in names:
+        is_first = bucket not in self._launched_updates
+        self._launched_updates.add(bucket)
+        for name in bucket:
             self._updates[name] += 1
         if is_first or not can_record(self.device):
-            self._launch_updates(active)
+            self._launch_updates(bucket)
             return
-        if names not in self._recorded_updates:
-            self._recorded_updates[names] = Recording(lambda: self._launch_updates(active))
-        self._recorded_updates[names].replay()
+        if bucket not in self._recorded_updates:
+            self._recorded_updates[bucket] = Recording(lambda: self._launch_updates(bucket))
+        self._recorded_updates[bucket].replay()
 
-    def _apply_counts(self, step: int) -> dict[str, float]:
-        """Gathers what all slots counted and moves the integer state of the parts by it.
+    def _begin_counts(self, lengths: list[int]) -> list[tuple[Tensor, Work | None]]:
+        """Begins to gather what all slots counted: int64 [slots, numbers] for each module.
 
-        A slot's numbers come from one worker, the others add 0. What was counted before the weights
-        moved is applied after it.
+        A slot's numbers come from one worker, the others add 0.
+        """
+        begun = []
+        for i, length in enumerate(lengths):
+            counts_SL = self._zeros(self.slots_per_step, length)
+            for slot, counts in self._slot_counts.items():
+                counts_SL[slot] = counts[i]
+            begun.append((counts_SL, self._begin_sum(counts_SL)))
+        return begun
+
+    def _apply_counts(
+        self, step: int, gathered: list[tuple[Tensor, Work | None]]
+    ) -> dict[str, float]:
+        """Moves the integer state of the parts by what all slots counted.
+
+        What was counted before the weights moved is applied after it.
         """
         figures: dict[str, float] = {}
-        for i, (name, module) in enumerate(self.counters):
-            by_slot = {slot: counts[i] for slot, counts in self._slot_counts.items()}
-            length = next(iter(by_slot.values())).numel()
-            counts_SL = self._zeros(self.slots_per_step, length)
-            for slot, counts_L in by_slot.items():
-                counts_SL[slot] = counts_L
-            self._reduce(counts_SL)
+        for (name, module), (counts_SL, work) in zip(self.counters, gathered, strict=True):
+            self._end_sum(work)
             key = stream_key(self.seed, step, tensor_id(name), STREAM_UPDATE)
             figures |= module.apply(counts_SL, key)
         return figures
@@ -270,37 +291,21 @@ class TernaryOptimizer:
         ]
         self._words.copy_(torch.tensor(words, dtype=torch.int32))
 
-    def _launch_updates(self, active: dict[str, TernaryWeight]) -> None:
-        for name, weight in active.items():
+    def _launch_updates(self, bucket: tuple[str, ...]) -> None:
+        for name in bucket:
             total, place = self._sums[name], self._place[name]
             words, num_slots = self._words[place], self._num_slots[place]
+            weight = self.weights[place][1]
             self.rule.update(weight, total, words, num_slots, self._update_counts)
             total.zero_()
 
     def _zeros(self, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.zeros(*shape, dtype=dtype, device=self.device)
 
-    def _reduce(self, integers: Tensor) -> None:
-        if self.all_reduce is not None:
-            self.all_reduce(integers)
+    def _begin_sum(self, integers: Tensor) -> Work | None:
+        """Begins to sum over the workers, in place; None where there is one."""
+        return self.all_reduce(integers) if self.all_reduce is not None else None
 
-
-def all_reduce_packed(sums: Tensor, all_reduce: AllReduce) -> None:
-    """Sums int16 tensors as two to an int32 lane (no 16-bit sums on gloo or NCCL); int32 as it is.
-
-    In place. lane = low + high * 2^16 with a signed low half, exact while both sums stay within
-    int16: the slot format sees to that.
-    """
-    if sums.dtype == torch.int32:
-        all_reduce(sums)
-        return
-    flat = sums.flatten()
-    if flat.numel() % 2:
-        flat = torch.cat([flat, flat.new_zeros(1)])
-    halves = flat.view(-1, 2).int()
-    lanes = halves[:, 0] + (halves[:, 1] << 16)
-    all_reduce(lanes)
-    low = (lanes << 16) >> 16
-    high = (lanes - low) >> 16
-    summed = torch.stack([low, high], dim=1).flatten()[: sums.numel()]
-    sums.copy_(summed.view(sums.shape))
+    def _end_sum(self, work: Work | None) -> None:
+        if work is not None:
+            work.wait()

@@ -71,9 +71,12 @@ class LatentRule:
         """0 = the weight's exponents are to be calibrated on its first gradients."""
         return int(weight.num_updates)
 
-    def blank_sum(self, weight: TernaryWeight) -> Tensor:
-        shape, device = (weight.num_rows, weight.num_cols), weight.log2_scale.device
-        return torch.zeros(shape, dtype=self.slot_format.sum_dtype, device=device)
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        return self.slot_format.sum_dtype
+
+    def sum_shape(self, weight: TernaryWeight) -> tuple[int, ...]:
+        return weight.num_rows, weight.num_cols
 
     def add_slot(
         self, weight: TernaryWeight, gradient: Tensor, key: Tensor, total: Tensor, counters: Tensor
@@ -107,12 +110,13 @@ class BigintRule:
 
     num_words = 0
     rounds_slots = False
+    sum_dtype = torch.int32
 
     def updates_done(self, weight: TernaryWeight) -> int:
         return 1  # nothing to calibrate
 
-    def blank_sum(self, weight: TernaryWeight) -> Tensor:
-        return torch.zeros_like(weight.corr_accum, dtype=torch.int32)
+    def sum_shape(self, weight: TernaryWeight) -> tuple[int, ...]:
+        return tuple(weight.corr_accum.shape)
 
     def add_slot(
         self, weight: TernaryWeight, gradient: Tensor, key: Tensor, total: Tensor, counters: Tensor

@@ -27,7 +27,7 @@ class DataSettings:
     steps: int = 1000
     seed: int = 0
     storage: str = "runs"  # holds the sample shards and the cache of the index
-    num_workers: int = 1  # scaling.num_workers
+    num_workers: int = 1  # scaling.num_workers, of a range the fewest: each of them holds the most
 
     def validate(self) -> None:
         if self.steps < 1:
@@ -50,7 +50,8 @@ def read_settings(words: Sequence[str]) -> DataSettings:
     chosen = {key: value for key, value in values.items() if key in known}
     scaling = section(values, "scaling")
     if isinstance(scaling, Mapping) and "num_workers" in scaling:
-        chosen["num_workers"] = scaling["num_workers"]
+        workers = scaling["num_workers"]
+        chosen["num_workers"] = workers[0] if isinstance(workers, list) and workers else workers
     return build(DataSettings, chosen)
 
 

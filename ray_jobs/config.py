@@ -21,10 +21,33 @@ from data_pipeline.schema import DataConfig
 class Scaling:
     """How many workers share the slots of a step, and what each of them runs on."""
 
-    num_workers: int = 1
+    # Two numbers: as many workers as there is room for, from the first to the second. The bits are
+    # the same for any number.
+    num_workers: int | list[int] = 1
     use_gpu: bool = False
     # The number of threads changes the bits of a float sum: it belongs to the run, not to the host.
     threads_per_worker: int = 2
+
+    def validate(self) -> None:
+        given = self.num_workers
+        is_range = isinstance(given, int) or (len(given) == 2 and given[0] <= given[1])
+        if not is_range or self.min_workers < 1:
+            raise UserError(
+                "scaling.num_workers: expected a number of at least 1, or [smallest, largest], got"
+                f" {given}"
+            )
+        if self.threads_per_worker < 1:
+            raise UserError(
+                f"scaling.threads_per_worker: expected at least 1, got {self.threads_per_worker}"
+            )
+
+    @property
+    def min_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[-1]
 
 
 @dataclass(frozen=True)
@@ -77,18 +100,15 @@ class RunConfig:
             raise UserError(f"name: expected a folder name without '/', got {self.name!r}")
         if self.backend not in BACKENDS:
             raise UserError(f"backend: expected one of {', '.join(BACKENDS)}, got {self.backend!r}")
-        for name in ("num_workers", "threads_per_worker"):
-            if getattr(self.scaling, name) < 1:
-                raise UserError(f"scaling.{name}: expected at least 1")
         self.update.check_activation(self.model.activation)
         if self.data.slots_per_step > MAX_SLOTS:
             raise UserError(
                 f"data.slots_per_step: expected at most {MAX_SLOTS} (their sum must stay exact),"
                 f" got {self.data.slots_per_step}; raise data.batch_size instead"
             )
-        if self.scaling.num_workers > self.data.slots_per_step:
+        if self.scaling.max_workers > self.data.slots_per_step:
             raise UserError(
-                f"scaling.num_workers: {self.scaling.num_workers} workers cannot share"
+                f"scaling.num_workers: {self.scaling.max_workers} workers cannot share"
                 f" {self.data.slots_per_step} slots a step; lower it or raise data.slots_per_step"
             )
 

@@ -26,6 +26,7 @@ from ray_jobs.console import Console
 from ray_jobs.construction import refuse_unbuilt, with_needed_parts
 from ray_jobs.journal import NAME as JOURNAL
 from ray_jobs.journal import JournalReader
+from ray_jobs.scaling import ray_scaling
 from ray_jobs.tracking import NOTE, Tracker, flatten, read_note
 from ray_jobs.worker import CHECKPOINTS, DATA_MANIFEST, PROFILE, run_worker
 
@@ -183,7 +184,7 @@ def ray_cluster(config: RunConfig) -> Iterator[None]:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**options)
     else:
-        cpus = max(os.cpu_count() or 1, config.scaling.num_workers)
+        cpus = max(os.cpu_count() or 1, config.scaling.min_workers)
         ray.init("local", num_cpus=cpus, include_dashboard=False, **options)
     try:
         yield
@@ -197,9 +198,7 @@ def train_on_ray(config: RunConfig) -> None:
     trainer = TorchTrainer(
         run_worker,
         train_loop_config=config.values(),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=config.scaling.num_workers, use_gpu=config.scaling.use_gpu
-        ),
+        scaling_config=ray_scaling(config.scaling),
         run_config=ray.train.RunConfig(
             name="attempt-" + uuid.uuid4().hex[:8], storage_path=str(config.folder / "ray")
         ),

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import ray.train
 import ray.train.torch
 import torch
-import torch.distributed
+from torch.distributed import all_reduce
 
 from arbitor.batch import SlotBatch
 from arbitor.checkpoint import (
@@ -75,7 +76,7 @@ def run_worker(values: dict[str, Any]) -> None:
         total_steps=config.steps,
         slots_per_step=config.data.slots_per_step,
         seed=config.seed,
-        all_reduce=torch.distributed.all_reduce if world > 1 else None,
+        all_reduce=partial(all_reduce, async_op=True) if world > 1 else None,
     )
     recorder = Recorder(config, data, model, bad_rows) if rank == 0 else None
     profile = None
@@ -218,6 +219,7 @@ class Recorder:
             **self.data_metrics(),
             "throughput/positions_per_s": positions / report.seconds,
             "throughput/data_wait_pct": 100 * report.data_wait_seconds / report.seconds,
+            "throughput/workers": ray.train.get_context().get_world_size(),
             "ternary/flip_rate": report.update.flip_rate,
             "ternary/zero_fraction": report.update.zero_fraction,
             "ternary/saturated_fraction": report.update.saturated_fraction,

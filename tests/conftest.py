@@ -18,13 +18,14 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def ray_head():
-    """A Ray of two CPUs on this machine, for the whole test run; its workers run as users' do."""
+    """A Ray of four CPUs, whatever the machine has, for the whole test run; its workers run as
+    users' do."""
     import ray  # here, because the model's tests do without
 
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TRITON_INTERPRET", raising=False)
         ray.init(
-            num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=512 << 20
+            num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=512 << 20
         )
     yield
     ray.shutdown()

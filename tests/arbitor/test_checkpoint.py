@@ -1,6 +1,10 @@
 """Checkpoints: what is written comes back; a damaged folder is not a checkpoint."""
 
 import errno
+import itertools
+import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -32,22 +36,55 @@ def test_round_trip(tmp_path):
     assert all(torch.equal(tensors[name], STATE[name]) for name in STATE)
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "manifest.json"])
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+FILES = ["model.safetensors", "manifest.json"]
+
+
+def damages(content, damage):
+    """All ways to flip one bit of a file's content, or to cut it."""
+    if damage == "truncate":
+        return [content[:length] for length in range(len(content))]
+    flipped = []
+    for position, bit in itertools.product(range(len(content)), range(8)):
+        byte = bytes([content[position] ^ 1 << bit])
+        flipped.append(content[:position] + byte + content[position + 1 :])
+    return flipped
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("damage", ["flip", "truncate"])
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, file, damage, capsys):
     older, newer = save(tmp_path, 5), save(tmp_path, 10)
-    assert newest_checkpoint(tmp_path) == newer
-    content = (newer / file).read_bytes()
-    if damage == "remove":
-        (newer / file).unlink()
-    elif damage == "truncate":
-        (newer / file).write_bytes(content[: len(content) // 2])
-    else:
-        (newer / file).write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+    path = newer / file
+    content = path.read_bytes()
+    for damaged in damages(content, damage):
+        path.write_bytes(damaged)
+        assert newest_checkpoint(tmp_path) == older, damaged
+    assert "checkpoint passed over" in capsys.readouterr().out
     with pytest.raises(UserError, match=file):
         load_checkpoint(newer)
-    assert newest_checkpoint(tmp_path) == older
-    assert "checkpoint passed over" in capsys.readouterr().out
+    path.write_bytes(content)
+    assert newest_checkpoint(tmp_path) == newer
+
+
+def test_the_newest_undamaged_checkpoint_is_taken_whatever_is_missing(tmp_path):
+    folders = [save(tmp_path, step) for step in (5, 10, 15, 20)]
+    (folders[3] / FILES[0]).unlink()
+    (folders[2] / FILES[1]).unlink()
+    assert newest_checkpoint(tmp_path) == folders[1]
+    with pytest.raises(UserError, match=FILES[0]):
+        load_checkpoint(folders[3])
+    for file in FILES:
+        (folders[1] / file).write_bytes((folders[0] / file).read_bytes() + b" ")
+    assert newest_checkpoint(tmp_path) == folders[0]
+
+
+def test_a_writer_killed_at_random_instants_loses_no_checkpoint_that_it_told():
+    """`python -m benchmarks.checkpoint_chaos` is the long form."""
+    command = [sys.executable, "-m", "benchmarks.checkpoint_chaos", "--kills", "30"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    counts = json.loads(done.stdout)
+    assert counts["kills"] == 30 and counts["kills_inside_a_checkpoint"] > 5
 
 
 def test_a_folder_without_checkpoints_has_none(tmp_path):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from arbitor import gradient_sums
 from arbitor import optimizer as optimizer_module
 from arbitor import trainer as trainer_module
 from arbitor.batch import SlotBatch
@@ -41,13 +42,22 @@ def content_batch(step, slot):
     return replace(batch, step=step, slot=slot, **tensors | {"step_and_slot_2": noise})
 
 
-def trained(slots, options, model_config, make):
+class Done:
+    """A sum over one worker."""
+
+    def wait(self):
+        pass
+
+
+def trained(slots, options, model_config=CONFIG, make=make_batch, all_reduce=None):
     torch.use_deterministic_algorithms(True)
     set_backend("triton")
     config = UpdateConfig(warmup_steps=2, **options)
     with torch.device("cuda"):
         model = ARBModel(model_config, 0, config)
-    optimizer = TernaryOptimizer(model, config, total_steps=STEPS, slots_per_step=slots, seed=0)
+    optimizer = TernaryOptimizer(
+        model, config, total_steps=STEPS, slots_per_step=slots, seed=0, all_reduce=all_reduce
+    )
     run_slot = SlotRunner(model, optimizer)
     reports = [
         train_step(run_slot, step, [make(step, slot) for slot in range(slots)])
@@ -82,6 +92,18 @@ def test_recorded_steps_of_the_full_stack_count_as_launched_ones(monkeypatch):
 def test_recorded_steps_of_content_leave_the_bits_of_launched_ones(monkeypatch):
     # A slot of each modality and the update.
     assert_recorded_as_launched(3, {}, ALL_PARTS, 4, monkeypatch, content_batch)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"rule": "bigint"}], ids=str)
+def test_recorded_buckets_of_an_exchange_leave_the_bits_of_one_worker(options, monkeypatch):
+    monkeypatch.setattr(gradient_sums, "BUCKET_BYTES", 1 << 18)
+    exchanged, reports, recordings = trained(3, options, all_reduce=lambda lanes: Done())
+    assert recordings > 3
+    alone, expected_reports, _ = trained(3, options)
+    assert [*map(str, reports)] == [*map(str, expected_reports)]  # as text: NaN is NaN
+    for (name, left), right in zip(exchanged.state_dict().items(), alone.buffers(), strict=True):
+        assert torch.equal(left, right), name
 
 
 def assert_recorded_as_launched(

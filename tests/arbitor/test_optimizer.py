@@ -1,22 +1,21 @@
 """The optimizer: exact sums over slots and workers, calibration, refusals; and that it learns."""
 
 import functools
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from arbitor import vq
+from arbitor import gradient_sums, vq
 from arbitor.batch import SlotBatch
 from arbitor.checkpoint import load_checkpoint, save_checkpoint
 from arbitor.errors import UserError
 from arbitor.main import ARBModel, ModelConfig
-from arbitor.optimizer import NonFiniteError, TernaryOptimizer, UpdateConfig, all_reduce_packed
+from arbitor.optimizer import NonFiniteError, TernaryOptimizer, UpdateConfig
 from arbitor.settings import build
 from arbitor.trainer import SlotRunner, evaluate, train_step
+from tests.arbitor.worker_threads import run_workers
 
 TINY = ModelConfig(width=64, num_layers=1)
 FULL = ModelConfig(
@@ -86,25 +85,6 @@ def states_equal(one, two):
     return all(torch.equal(a, b) for a, b in zip(one.buffers(), two.buffers(), strict=True))
 
 
-@pytest.mark.parametrize("dtype_slots", [(torch.int16, 4), (torch.int16, 17), (torch.int32, 300)])
-@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (64, 64)])
-def test_packed_sums_equal_plain_sums_at_the_bound(dtype_slots, shape):
-    dtype, world = dtype_slots
-    limit = 32767 // world if dtype == torch.int16 else 127
-    random = torch.Generator().manual_seed(world)
-    parts = [
-        torch.randint(-limit, limit + 1, shape, generator=random).to(dtype) for _ in range(world)
-    ]
-    parts[0].fill_(limit)
-    lanes = []
-    for part in parts:
-        all_reduce_packed(part.clone(), lambda lane: lanes.append(lane.clone()))
-    total = sum(lanes[1:], start=lanes[0])
-    result = parts[0].clone()
-    all_reduce_packed(result, lambda lane: lane.copy_(total))
-    assert torch.equal(result.long(), sum(part.long() for part in parts))
-
-
 def train(model, optimizer, steps, slots):
     run_slot = SlotRunner(model, optimizer)
     for step in steps:
@@ -133,29 +113,34 @@ def test_the_order_of_the_slots_does_not_matter(stack):
 
 
 def workers_train(num_workers, config, options):
-    """The models of workers that share 5 slots a step, each worker a thread."""
-    barrier, parts = threading.Barrier(num_workers), {}
+    """The models of workers that share 5 slots a step; a sixth worker has none."""
 
-    def worker(rank):
-        def all_reduce(tensor):
-            parts[rank] = tensor.clone()
-            barrier.wait()
-            tensor.copy_(sum(parts.values()))
-            barrier.wait()
-
+    def worker(rank, all_reduce):
         model = ARBModel(config, 0, UpdateConfig(**options))
-        optimizer = make_optimizer(model, slots=5, all_reduce=all_reduce, **options)
+        exchange = all_reduce if num_workers > 1 else None
+        optimizer = make_optimizer(model, slots=5, all_reduce=exchange, **options)
         train(model, optimizer, range(3), range(rank, 5, num_workers))
         return model
 
-    with ThreadPoolExecutor(num_workers) as pool:
-        return list(pool.map(worker, range(num_workers)))
+    return run_workers(num_workers, worker)
+
+
+def workers_end_alike(workers, config, options):
+    (alone,) = workers_train(1, config, options)
+    return all(
+        states_equal(model, alone)
+        for num_workers in workers
+        for model in workers_train(num_workers, config, options)
+    )
 
 
 def test_one_and_two_workers_end_with_the_same_bits(stack):
-    (alone,) = workers_train(1, *stack)
-    for model in workers_train(2, *stack):
-        assert states_equal(model, alone)
+    assert workers_end_alike([2], *stack)
+
+
+def test_any_number_of_workers_and_buckets_ends_with_the_same_bits(monkeypatch):
+    monkeypatch.setattr(gradient_sums, "BUCKET_BYTES", 1 << 14)
+    assert workers_end_alike([3, 4, 6], HALTING, {})
 
 
 def test_a_run_goes_on_from_its_checkpoint_to_the_same_bits(stack, tmp_path):

@@ -159,6 +159,8 @@ def test_the_command_reads_only_what_the_data_follows_from(tmp_path, capsys):
     assert "Memory of each of 2 workers" in output
     assert plan_command(["steps=9", str(path), "data.slots_per_step=2"]) == 0
     assert capsys.readouterr().out.startswith("9 steps of 2 slots")
+    assert plan_command([str(path), "scaling.num_workers=[3,4]"]) == 0
+    assert "Memory of each of 3 workers" in capsys.readouterr().out
 
 
 def test_defaults_are_those_of_a_run():

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,7 +20,7 @@ from arbitor.audio_codec import HOP
 from arbitor.checkpoint import MANIFEST, load_checkpoint, newest_checkpoint
 from arbitor.errors import UserError
 from arbitor.main import ARBModel
-from arbitor.settings import build
+from arbitor.settings import build, write_yaml
 from data_pipeline.contact_sheet import MARGIN
 from data_pipeline.run_data import read_slots
 from ray_jobs.config import Resume, RunConfig
@@ -33,7 +35,8 @@ VALUES = {
     "steps": STEPS,
     "log_interval": 5,
     "eval_interval": 10,
-    "save_interval": 10,
+    "save_interval": 5,
+    "keep_checkpoints": 4,
     "log_slots": True,
     "model": {"width": 64, "num_layers": 1, "head_width": 32, "rotary_width": 16},
     "update": {"warmup_steps": 5},
@@ -96,11 +99,10 @@ def hashes(tensors):
 
 
 def logged_slots(config):
+    """By rank what its workers wrote down of their slots."""
     return {
-        rank: [
-            json.loads(x) for x in (config.folder / f"slots-{rank}.jsonl").read_text().splitlines()
-        ]
-        for rank in range(config.scaling.num_workers)
+        int(path.stem.removeprefix("slots-")): list(map(json.loads, path.read_text().splitlines()))
+        for path in config.folder.glob("slots-*.jsonl")
     }
 
 
@@ -226,18 +228,50 @@ def test_another_configuration_under_the_same_name_is_refused(one_worker):
         run(replace(one_worker, seed=1))
 
 
-def test_an_unfinished_run_resumes_to_the_same_bits(two_workers, one_worker, capsys):
-    """Takes the last checkpoint away: the run goes on from step 10, now on one worker."""
-    newest = newest_checkpoint(two_workers.folder / CHECKPOINTS)
-    expected = hashes(final_tensors(one_worker))
-    (newest / MANIFEST).unlink()
-    run(replace(two_workers, scaling=one_worker.scaling))
-    assert "resuming after step 10; steps 11 to 20 are in the journal" in capsys.readouterr().out
-    assert hashes(final_tensors(two_workers)) == expected
+def go_on_after(config, step, **scaling):
+    """Takes the checkpoints after `step` away and runs to the end, on other workers."""
+    for folder in (config.folder / CHECKPOINTS).glob("step-*"):
+        if int(folder.name.removeprefix("step-")) > step:
+            (folder / MANIFEST).unlink()
+    for log in config.folder.glob("slots-*.jsonl"):
+        log.unlink()
+    run(replace(config, scaling=replace(config.scaling, **scaling)))
+
+
+def test_an_unfinished_run_resumes_on_other_workers_to_the_same_bits(
+    two_workers, one_worker, capsys
+):
+    """2 -> 3 workers, with half of each of Ray's own files; `-m slow` has more of them."""
+    ray_files = [path for path in (two_workers.folder / "ray").rglob("*") if path.is_file()]
+    assert ray_files
+    for path in ray_files:
+        os.truncate(path, path.stat().st_size // 2)
+    go_on_after(two_workers, 15, num_workers=3)
+    assert "resuming after step 15; steps 16 to 20 are in the journal" in capsys.readouterr().out
+    assert hashes(final_tensors(two_workers)) == hashes(final_tensors(one_worker))
+    replayed = {
+        rank: [(s["step"], s["slot"]) for s in x] for rank, x in logged_slots(two_workers).items()
+    }
+    assert replayed == {
+        rank: [(step, slot) for step in range(15, 20) for slot in (rank, rank + 3)]
+        for rank in range(3)
+    }
     steps = [record.step for record in JournalReader(two_workers.folder).read()]
     assert steps == list(range(1, STEPS + 1))
-    replayed = [slot["step"] for slot in logged_slots(two_workers)[0][-60:]]
-    assert replayed == sorted(list(range(10, 20)) * 6)
+
+
+@pytest.mark.slow
+def test_a_run_that_grows_and_shrinks_ends_with_the_bits_of_one_worker(one_worker, storage):
+    """1 -> 2 -> 3 -> 4 -> 2 -> 1 workers, each from a checkpoint of those before."""
+    config = make_config(storage, "resized")
+    shutil.copytree(one_worker.folder, config.folder)
+    (config.folder / "config.yaml").write_text(write_yaml(config.values()))
+    (config.folder / "mlflow.json").unlink()
+    expected = hashes(final_tensors(one_worker))
+    for step, workers in ((5, 2), (10, 3), (10, 4), (15, 2), (15, 1)):
+        go_on_after(config, step, num_workers=workers)
+        assert len(logged_slots(config)) == workers
+        assert hashes(final_tensors(config)) == expected, workers
 
 
 def small_run(storage, name, steps, **source):

@@ -1,0 +1,83 @@
+"""The processes of a command that may be killed, as Linux shows them."""
+
+import ctypes
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+PR_SET_CHILD_SUBREAPER = 36
+PATIENCE_S = 20.0  # for processes that end by themselves once the one that they serve is gone
+
+
+# What a process has in its command line, and how often it is chosen; the command itself has none.
+KINDS = {
+    "worker": ("RayTrainWorker", 0.45),
+    "controller": ("TrainController", 0.2),
+    "raylet": ("/raylet/raylet", 0.1),
+    "driver": ("", 0.25),
+}
+
+
+class Victim(NamedTuple):
+    name: str
+    pid: int
+
+
+def adopt_orphans() -> None:
+    """From here on a process whose parent was killed becomes a child of this one."""
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl")
+
+
+def choose_victim(driver: int, rng: random.Random) -> Victim:
+    """One of the processes of the command with the process number `driver`; the command itself
+    where there is none of the kind chosen."""
+    (kind,) = rng.choices(list(KINDS), [weight for _, weight in KINDS.values()])
+    title, _ = KINDS[kind]
+    found = [pid for pid, line in descendants(driver).items() if title and title in line]
+    return Victim(kind, rng.choice(found)) if found else Victim("driver", driver)
+
+
+def kill(pid: int) -> bool:
+    """False if it has ended by itself."""
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def end_all() -> int:
+    """Waits until no process is below this one, kills those that stay: how many that were."""
+    deadline = time.monotonic() + PATIENCE_S
+    while living := descendants(os.getpid()):
+        if time.monotonic() > deadline:
+            return sum(kill(pid) for pid in living)
+        time.sleep(0.05)
+    return 0
+
+
+def descendants(root: int) -> dict[int, str]:
+    """Command lines of the living processes below `root`, by process number."""
+    parents: dict[int, int] = {}
+    names: dict[int, str] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            name = (folder / "cmdline").read_text(errors="replace")
+            state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
+        except OSError:
+            continue
+        pid = int(folder.name)
+        if state not in ("Z", "X"):
+            parents[pid], names[pid] = int(parent), name
+    return {pid: names[pid] for pid in parents if _is_below(pid, root, parents)}
+
+
+def _is_below(pid: int, root: int, parents: dict[int, int]) -> bool:
+    while pid := parents.get(pid, 0):
+        if pid == root:
+            return True
+    return False
