@@ -1,8 +1,9 @@
 """RunConfig, all that a run is made of: defaults < YAML < `key.path=value` < classic flags."""
 
 import argparse
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -101,6 +102,10 @@ class RunConfig:
         return asdict(self)
 
 
+_IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the command of a submitted job
+
+CONFIG = "config.yaml"  # in the run's folder: its resolved configuration
+
 # The classic flags are aliases of configuration keys.
 _FLAGS = {
     "--steps": ("steps", "optimizer steps"),
@@ -129,7 +134,11 @@ _SWITCHES = {
 
 
 def load_run_config(
-    job: str, arguments: Sequence[str], defaults: Mapping[str, Any], about: str
+    job: str,
+    arguments: Sequence[str],
+    defaults: Mapping[str, Any],
+    about: str,
+    in_job: bool | None = None,
 ) -> RunConfig:
     """The configuration that a job's command line asks for.
 
@@ -152,8 +161,34 @@ def load_run_config(
     for flag, value in vars(options).items():
         if value is not None and flag != "words":
             _apply_flag(values, "--" + flag.replace("_", "-"), value)
-    values["storage"] = str(Path(str(values.get("storage") or RunConfig.storage)).absolute())
+    values["storage"] = _storage(str(values.get("storage") or RunConfig.storage), in_job)
     return build(RunConfig, values)
+
+
+def read_run_config(path: Path) -> RunConfig:
+    """The configuration of the run whose folder, or whose checkpoint's folder, `path` is."""
+    for folder in (path, path.absolute().parent.parent):
+        if (folder / CONFIG).is_file():
+            config = build(RunConfig, read_yaml(folder / CONFIG))
+            folder = folder.absolute()  # it may have been moved
+            return replace(config, storage=str(folder.parent), name=folder.name)
+    raise UserError(f"{path}: no {CONFIG} of a run there; give a run's folder")
+
+
+def _storage(storage: str, in_job: bool | None) -> str:
+    """The absolute path; refuses one that would go with the job's copy of the working directory."""
+    in_job = _IN_JOB in os.environ if in_job is None else in_job
+    if "://" in storage:
+        raise UserError(
+            f"storage: {storage} is not a folder; give a path that every node mounts (shards may"
+            " lie in object stores, runs may not)"
+        )
+    if in_job and not Path(storage).is_absolute():
+        raise UserError(
+            f"storage: {storage} would vanish with the job's working directory; give an absolute"
+            " path that every node mounts: storage=/mnt/runs"
+        )
+    return str(Path(storage).absolute())
 
 
 class _Parser(argparse.ArgumentParser):

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -43,6 +44,7 @@ from data_pipeline.stream import stream_slots
 from ray_jobs.config import RunConfig
 from ray_jobs.journal import Journal
 from ray_jobs.samples import write_samples
+from ray_jobs.step_metrics import StepMetrics
 
 DATA_MANIFEST = "data.json"
 PROFILE = "profile.txt"
@@ -77,7 +79,10 @@ def run_worker(values: dict[str, Any]) -> None:
         seed=config.seed,
         all_reduce=torch.distributed.all_reduce if world > 1 else None,
     )
-    recorder = Recorder(config, data, model, bad_rows) if rank == 0 else None
+    recorder = None
+    if rank == 0:
+        recorder = Recorder(config, data, model, bad_rows)
+        recorder.begin(start, world)
     profile = None
     if config.profile and rank == 0:
         profile = StepProfile(min(start + PROFILED_STEP, config.steps - 1), config.folder / PROFILE)
@@ -184,6 +189,7 @@ class Recorder:
         self.config, self.data, self.model, self.bad_rows = config, data, model, bad_rows
         self.states = StateTable(config.folder, data.plan.fingerprint)
         self.journal = Journal(config.folder)
+        self.blocked: dict[str, float] = {}  # how long the last checkpoint held the loop up
         self.checkpoints = CheckpointWriter(config.folder / CHECKPOINTS, config.keep_checkpoints)
         # Read while the first steps run: held-out images and videos take seconds to decode.
         self._reader = ThreadPoolExecutor(1)
@@ -193,30 +199,38 @@ class Recorder:
             if config.eval_interval > 0
         }
 
+    def begin(self, start: int, world: int) -> None:
+        """Notes that the workers train from `start` on; before the first report."""
+        self.restarts = self.journal.begin(start, "worker")
+        self.metrics_of = StepMetrics(self.config, self.data, self.model, start, world)
+
     def __call__(self, report: StepReport) -> None:
         done = report.step + 1
         metrics = self.step_metrics(report) | self.checkpoint_metrics(self.checkpoints.poll())
         if self._due(done, self.config.eval_interval):
+            started = time.perf_counter()
             metrics |= self.validation_metrics()
+            metrics["throughput/validation_s"] = time.perf_counter() - started
         if self.config.sample_interval and self._due(done, self.config.sample_interval):
             write_samples(self.model, self.config.folder, done)
-        self.journal.append(done, metrics)
+        self.journal.append(done, metrics | self.blocked)
         self.states.add(self.data.plan, done)
+        self.blocked = {}
         if self.config.save and self._due(done, self.config.save_interval):
+            started = time.perf_counter()
             self.save(done)
+            self.blocked = {"checkpoint/blocked_s": time.perf_counter() - started}
 
     def _due(self, done: int, interval: int) -> bool:
         return done == self.config.steps or (interval > 0 and done % interval == 0)
 
     def step_metrics(self, report: StepReport) -> dict[str, float]:
         """Losses of the sources that the step served, and how it went."""
-        data = self.config.data
-        positions = data.slots_per_step * data.batch_size * data.sequence_length
         return {
             **self.loss_metrics(report),
             **self.data_metrics(),
-            "throughput/positions_per_s": positions / report.seconds,
-            "throughput/data_wait_pct": 100 * report.data_wait_seconds / report.seconds,
+            **self.metrics_of(report),
+            "run/restarts": self.restarts,
             "ternary/flip_rate": report.update.flip_rate,
             "ternary/zero_fraction": report.update.zero_fraction,
             "ternary/saturated_fraction": report.update.saturated_fraction,

@@ -118,7 +118,7 @@ def test_the_same_run_again_ends_with_the_same_bits_profiled_or_not(one_worker, 
 def test_losses_do_not_depend_on_the_number_of_workers(one_worker, two_workers):
     def metrics(config):
         # Speed, and the captions that the first worker cut, are its own.
-        own = ("throughput/", "checkpoint/", "data/truncated_captions/")
+        own = ("throughput/", "checkpoint/", "system/", "data/truncated_captions/")
         return [
             {key: v for key, v in record.metrics.items() if not key.startswith(own)}
             for record in JournalReader(config.folder).read()
