@@ -49,6 +49,7 @@ class RunConfig:
 
     name: str
     storage: str = "runs"  # made absolute: workers do not run where the command was typed
+    init_from: str = ""  # a run or a checkpoint whose weights this run begins with
     seed: int = 0
     steps: int = 1000
     backend: str = "auto"
@@ -161,7 +162,10 @@ def load_run_config(
     for flag, value in vars(options).items():
         if value is not None and flag != "words":
             _apply_flag(values, "--" + flag.replace("_", "-"), value)
-    values["storage"] = _storage(str(values.get("storage") or RunConfig.storage), in_job)
+    in_job = _IN_JOB in os.environ if in_job is None else in_job
+    values["storage"] = _folder("storage", values.get("storage") or RunConfig.storage, in_job)
+    if values.get("init_from"):
+        values["init_from"] = _folder("init_from", values["init_from"], in_job)
     return build(RunConfig, values)
 
 
@@ -175,20 +179,20 @@ def read_run_config(path: Path) -> RunConfig:
     raise UserError(f"{path}: no {CONFIG} of a run there; give a run's folder")
 
 
-def _storage(storage: str, in_job: bool | None) -> str:
-    """The absolute path; refuses one that would go with the job's copy of the working directory."""
-    in_job = _IN_JOB in os.environ if in_job is None else in_job
-    if "://" in storage:
+def _folder(key: str, path: Any, in_job: bool) -> str:
+    """The absolute path; refuses one that would be in the job's copy of the working directory."""
+    path = str(path)
+    if "://" in path:
         raise UserError(
-            f"storage: {storage} is not a folder; give a path that every node mounts (shards may"
-            " lie in object stores, runs may not)"
+            f"{key}: {path} is not a folder; give a path that every node mounts (shards may lie in"
+            " object stores, runs may not)"
         )
-    if in_job and not Path(storage).is_absolute():
+    if in_job and not Path(path).is_absolute():
         raise UserError(
-            f"storage: {storage} would vanish with the job's working directory; give an absolute"
-            " path that every node mounts: storage=/mnt/runs"
+            f"{key}: {path} would vanish with the job's working directory; give an absolute path"
+            f" that every node mounts: {key}=/mnt/{path}"
         )
-    return str(Path(storage).absolute())
+    return str(Path(path).absolute())
 
 
 class _Parser(argparse.ArgumentParser):

@@ -24,6 +24,7 @@ from data_pipeline.run_data import RunData
 from ray_jobs.config import CONFIG, RunConfig, load_run_config
 from ray_jobs.console import Console
 from ray_jobs.construction import refuse_unbuilt, with_needed_parts
+from ray_jobs.initial_weights import with_pinned_weights
 from ray_jobs.journal import NAME as JOURNAL
 from ray_jobs.journal import Journal, JournalReader
 from ray_jobs.report import REPORT, closing_figures, write_report
@@ -68,7 +69,7 @@ def exit_with_message(work: Callable[[], Any]) -> None:
 
 def run(config: RunConfig) -> None:
     """Trains to the last step, or goes on with an unfinished run of the same configuration."""
-    config = with_needed_parts(config)
+    config = with_pinned_weights(with_needed_parts(config))
     done = steps_done(config)
     if done >= config.steps:
         return say_finished(config, done)

@@ -42,6 +42,7 @@ from data_pipeline.run_data import RunData, held_out_slots
 from data_pipeline.states import StateTable
 from data_pipeline.stream import stream_slots
 from ray_jobs.config import RunConfig
+from ray_jobs.initial_weights import load_initial_weights
 from ray_jobs.journal import Journal
 from ray_jobs.samples import write_samples
 from ray_jobs.step_metrics import StepMetrics
@@ -70,6 +71,8 @@ def run_worker(values: dict[str, Any]) -> None:
     model = ARBModel(config.model, config.seed, config.update)
     if checkpoint:
         restore(model, checkpoint, config, data)
+    elif config.init_from:
+        load_initial_weights(model, config)
     model.to(device)
     optimizer = TernaryOptimizer(
         model,

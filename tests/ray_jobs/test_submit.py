@@ -1,0 +1,149 @@
+"""Runs handed in to a real cluster on this machine, and the RayJob for Kubernetes."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+from mlflow.tracking import MlflowClient
+
+from arbitor.errors import UserError
+from arbitor.settings import build
+from ray_jobs.config import RunConfig
+from ray_jobs.journal import JournalReader
+from ray_jobs.submit import authorization, main
+from tests.ray_jobs.ray_cluster import ray_head_with_dashboard
+
+ROOT = Path(__file__).parents[2]
+STEPS = 400
+SMALL = [
+    *("--job", "text", f"--steps={STEPS}", "--batch=1", "--ctx=8", "--save-interval=5"),
+    *("--eval-interval=0", "--log-interval=50", "--run=handed-in", "model.width=64"),
+    *("model.num_layers=1", "data.slots_per_step=1", "scaling.threads_per_worker=1"),
+]
+
+
+@pytest.fixture(scope="module")
+def head():
+    with ray_head_with_dashboard() as head:
+        yield head
+
+
+def submit(head, *words, **variables):
+    return subprocess.run(
+        [sys.executable, "-m", "ray_jobs.submit", *words],
+        cwd=ROOT,
+        env=head.environment | variables,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def wait_for_steps(folder, count):
+    deadline = time.monotonic() + 200
+    while len(list(JournalReader(folder).read())) < count:
+        assert time.monotonic() < deadline, "the job does not train"
+        time.sleep(0.1)
+
+
+def test_submitted_stopped_and_submitted_again_is_one_run(head, tmp_path):
+    words = [*SMALL, f"storage={tmp_path}"]
+    folder = tmp_path / "handed-in"
+    handed_in = submit(head, *words)
+    assert handed_in.returncode == 0, handed_in.stderr
+    assert f"run folder: {folder}" in handed_in.stdout
+    wait_for_steps(folder, 20)
+    second = submit(head, *words)
+    assert second.returncode == 2 and "trains this run; --stop it first" in second.stderr
+    stopped = submit(head, "--stop", "handed-in")
+    assert "STOPPED; the same submit resumes it" in stopped.stdout, stopped.stdout + stopped.stderr
+    done = len(list(JournalReader(folder).read()))
+    assert 20 <= done < STEPS
+
+    followed = submit(head, *words, "--follow")
+    assert followed.returncode == 0, followed.stdout + followed.stderr
+    assert "resuming after step" in followed.stdout and f"{STEPS} steps done" in followed.stdout
+    listed = submit(head, "--list").stdout.splitlines()
+    assert [line.split()[1] for line in listed] == ["STOPPED", "SUCCEEDED"]
+    steps = [record.step for record in JournalReader(folder).read()]
+    assert steps == list(range(1, STEPS + 1))
+    note = json.loads((folder / "mlflow.json").read_text())
+    client = MlflowClient(note["tracking_uri"])
+    points = client.get_metric_history(note["run_id"], "loss/total")
+    assert [point.step for point in points] == steps
+    experiment = client.get_experiment_by_name("arbitor").experiment_id
+    assert len(client.search_runs([experiment])) == 1
+    assert client.get_run(note["run_id"]).info.status == "FINISHED"
+    assert "report.html" in [file.path for file in client.list_artifacts(note["run_id"])]
+
+
+def test_a_wrong_token_is_told(head):
+    refused = submit(head, "--list", RAY_AUTH_TOKEN="not-the-one-that-the-cluster-has")
+    assert refused.returncode == 2 and "wants another token" in refused.stderr
+
+
+def test_a_token_is_sent_where_ray_finds_one(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    assert authorization() == {}
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("of-home\n")
+    assert authorization() == {"Authorization": "Bearer of-home"}
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "of-variable")
+    assert authorization() == {"Authorization": "Bearer of-variable"}
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    assert authorization() == {}
+
+
+def test_what_would_vanish_is_refused_before_it_is_submitted(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    for word in ("storage=runs", "init_from=runs/first", "storage=s3://bucket/runs"):
+        with pytest.raises(UserError, match=word.replace("=", ": ")):
+            main([*SMALL, f"storage={tmp_path}", word])
+
+
+def test_no_cluster_is_told(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError, match="no Ray dashboard that takes jobs"):
+        main([*SMALL, f"storage={tmp_path}", "--address", "http://127.0.0.1:9"])
+
+
+def test_a_ray_job_for_kubernetes(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    words = ["configs/pretrain.yaml", "--run", "Long_Run.1", "storage=/mnt/runs"]
+    words += ["scaling.num_workers=4", "scaling.use_gpu=true", "data.slots_per_step=8"]
+    words += ["--kuberay", "--image", "registry/arbitor:1", "--volume-claim", "runs"]
+    main(words)
+    config_map, job = yaml.safe_load_all(capsys.readouterr().out)
+    schema = json.loads((Path(__file__).parent / "rayjob_schema.json").read_text())
+    jsonschema.Draft202012Validator(schema).validate(job)
+
+    config = build(RunConfig, yaml.safe_load(config_map["data"]["config.yaml"]))
+    assert config.name == "Long_Run.1" and config.storage == "/mnt/runs"
+    assert job["metadata"]["name"] == "long-run-1"
+    spec = job["spec"]
+    assert spec["backoffLimit"] > 0 and spec["entrypoint"].endswith("/etc/arbitor/config.yaml")
+    environment = yaml.safe_load(spec["runtimeEnvYAML"])
+    assert environment["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"] == "60"
+    (workers,) = spec["rayClusterSpec"]["workerGroupSpecs"]
+    assert workers["replicas"] == 4
+    for template in (workers["template"], spec["rayClusterSpec"]["headGroupSpec"]["template"]):
+        (container,) = template["spec"]["containers"]
+        mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+        assert mounts["storage"] == "/mnt/runs" and mounts["config"] == "/etc/arbitor"
+        assert mounts.keys() == {volume["name"] for volume in template["spec"]["volumes"]}
+        assert container["envFrom"] == [
+            {"secretRef": {"name": "long-run-1-secrets", "optional": True}}
+        ]
+    assert workers["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"]
+
+    broken = json.loads(json.dumps(job))
+    broken["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["container"] = []
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.Draft202012Validator(schema).validate(broken)
