@@ -82,10 +82,7 @@ def run_worker(values: dict[str, Any]) -> None:
         seed=config.seed,
         all_reduce=torch.distributed.all_reduce if world > 1 else None,
     )
-    recorder = None
-    if rank == 0:
-        recorder = Recorder(config, data, model, bad_rows)
-        recorder.begin(start, world)
+    recorder = Recorder(config, data, model, bad_rows, start, world) if rank == 0 else None
     profile = None
     if config.profile and rank == 0:
         profile = StepProfile(min(start + PROFILED_STEP, config.steps - 1), config.folder / PROFILE)
@@ -188,10 +185,20 @@ def ignore(report: StepReport) -> None:
 class Recorder:
     """Worker 0's account of the run: journal, validation and checkpoints at their intervals."""
 
-    def __init__(self, config: RunConfig, data: RunData, model: ARBModel, bad_rows: BadRows):
+    def __init__(
+        self,
+        config: RunConfig,
+        data: RunData,
+        model: ARBModel,
+        bad_rows: BadRows,
+        start: int,
+        world: int,
+    ):
         self.config, self.data, self.model, self.bad_rows = config, data, model, bad_rows
         self.states = StateTable(config.folder, data.plan.fingerprint)
         self.journal = Journal(config.folder)
+        self.restarts = self.journal.begin(start, "worker")
+        self.metrics_of = StepMetrics(config, data, model, start, world)
         self.blocked: dict[str, float] = {}  # how long the last checkpoint held the loop up
         self.checkpoints = CheckpointWriter(config.folder / CHECKPOINTS, config.keep_checkpoints)
         # Read while the first steps run: held-out images and videos take seconds to decode.
@@ -201,11 +208,6 @@ class Recorder:
             for source in data.manifests
             if config.eval_interval > 0
         }
-
-    def begin(self, start: int, world: int) -> None:
-        """Notes that the workers train from `start` on; before the first report."""
-        self.restarts = self.journal.begin(start, "worker")
-        self.metrics_of = StepMetrics(self.config, self.data, self.model, start, world)
 
     def __call__(self, report: StepReport) -> None:
         done = report.step + 1
