@@ -87,7 +87,9 @@ def load_job(job: str, arguments: Sequence[str]) -> RunConfig:
     module = JOBS[job]
     config = load_run_config(job, arguments, module.DEFAULTS, module.__doc__, in_job=True)
     for word in arguments:
-        if word.endswith((".yaml", ".yml")) and Path(word).is_absolute():
+        is_file = "=" not in word and word.endswith((".yaml", ".yml"))
+        inside = not Path(word).is_absolute() and Path(word).resolve().is_relative_to(Path.cwd())
+        if is_file and not inside:
             raise UserError(f"{word}: give a path in this folder, which the job gets a copy of")
     return config
 
@@ -95,7 +97,7 @@ def load_job(job: str, arguments: Sequence[str]) -> RunConfig:
 def connect(address: str | None) -> JobSubmissionClient:
     """The cluster's job server; with the token of Ray's, where one is configured."""
     address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
-    os.environ.pop("RAY_ADDRESS", None)  # the client would take it before the address given
+    os.environ["RAY_API_SERVER_ADDRESS"] = address  # the client takes it before its argument
     try:
         return JobSubmissionClient(address, headers=authorization())
     except AuthenticationError as error:

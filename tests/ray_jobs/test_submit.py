@@ -106,11 +106,15 @@ def test_what_would_vanish_is_refused_before_it_is_submitted(monkeypatch, tmp_pa
     for word in ("storage=runs", "init_from=runs/first", "storage=s3://bucket/runs"):
         with pytest.raises(UserError, match=word.replace("=", ": ")):
             main([*SMALL, f"storage={tmp_path}", word])
+    (tmp_path / "outside.yaml").write_text("steps: 1")
+    with pytest.raises(UserError, match="outside.yaml: give a path in this folder"):
+        main([str(tmp_path / "outside.yaml"), f"storage={tmp_path}"])
 
 
 def test_no_cluster_is_told(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
-    with pytest.raises(UserError, match="no Ray dashboard that takes jobs"):
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8")  # --address goes before it
+    with pytest.raises(UserError, match="127.0.0.1:9: no Ray dashboard that takes jobs"):
         main([*SMALL, f"storage={tmp_path}", "--address", "http://127.0.0.1:9"])
 
 
