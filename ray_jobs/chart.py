@@ -14,11 +14,17 @@ MOST_POINTS = 300  # of a line; more are means over neighbours
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000")
 
 
-def line_chart(title: str, series: Series, note: str = "", dashed: Series | None = None) -> str:
+def line_chart(
+    title: str,
+    series: Series,
+    note: str = "",
+    dashed: Series | None = None,
+    names: Sequence[str] = (),
+) -> str:
     """A figure with a line for each series over the steps; "" if no series has a point.
 
-    `dashed` are thin lines in the colours of the series of the same names. Values that are not
-    finite are left out.
+    `dashed` are thin lines in the colours of the series of the same names. A series in `names` has
+    the colour of its place there, so that figures agree. Values that are not finite are left out.
     """
     drawn = {name: thin(points) for name, points in series.items()}
     drawn = {name: points for name, points in drawn.items() if points}
@@ -29,8 +35,9 @@ def line_chart(title: str, series: Series, note: str = "", dashed: Series | None
     axes = _Axes(every)
     shapes = axes.draw()
     entries = []
-    for i, (name, points) in enumerate(drawn.items()):
-        color = COLORS[i % len(COLORS)]
+    places = [*names, *(name for name in drawn if name not in names)]
+    for name in sorted(drawn, key=places.index):
+        points, color = drawn[name], COLORS[places.index(name) % len(COLORS)]
         shapes.append(axes.line(points, color, name))
         if thin_lines[name]:
             shapes.append(axes.line(thin_lines[name], color, f"{name}, asked", dashed=True))

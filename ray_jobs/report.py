@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 
 from arbitor.errors import UserError
+from arbitor.modality import MODALITIES
 from ray_jobs.chart import Point, line_chart, share_bar
 from ray_jobs.config import RunConfig, read_run_config
 from ray_jobs.goodput import Goodput, account
@@ -77,7 +78,7 @@ def report_page(config: RunConfig, refresh_seconds: int = 0) -> str:
         body.append("<p>no step is done yet</p>")
     else:
         goodput = account(lines)
-        body += [_summary(config, records, goodput), _charts(records), _time(goodput)]
+        body += [_summary(config, records, goodput), _charts(config, records), _time(goodput)]
     body.append(_events(lines))
     style = f"<style>{_STYLE}</style>"
     return f'<!doctype html><html lang="en"><head>{head}{style}</head>\n<body>' + "\n".join(
@@ -109,7 +110,7 @@ def _summary(config: RunConfig, records: Sequence[Record], goodput: Goodput) -> 
     return f"<table>{''.join(cells)}</table>"
 
 
-def _charts(records: Sequence[Record]) -> str:
+def _charts(config: RunConfig, records: Sequence[Record]) -> str:
     def of(*names: str) -> dict[str, list[Point]]:
         return {name.rpartition("/")[2]: series[name] for name in names if name in series}
 
@@ -121,13 +122,22 @@ def _charts(records: Sequence[Record]) -> str:
         for name, value in record.metrics.items():
             series.setdefault(name, []).append((record.step, value))
     utilisation = {name: [(x, 100 * y) for x, y in v] for name, v in of("throughput/mfu").items()}
+    names = [*config.data.active_sources, "total"]
     charts = [
-        line_chart("loss, by source", under("loss/"), "nats per byte or code; velocity error"),
-        line_chart("loss, by modality", under("loss_by_modality/")),
-        line_chart("validation, by source", under("validation/"), "held-out rows"),
-        line_chart("bits per byte, by source", under("bits_per_byte/"), "held-out rows"),
         line_chart(
-            "mix", under("mix/realised/"), "share of slots; dashed: asked", under("mix/target/")
+            "loss, by source", under("loss/"), "nats per byte or code; velocity error", names=names
+        ),
+        line_chart("loss, by modality", under("loss_by_modality/"), names=MODALITIES),
+        line_chart("validation, by source", under("validation/"), "held-out rows", names=names),
+        line_chart(
+            "bits per byte, by source", under("bits_per_byte/"), "held-out rows", names=names
+        ),
+        line_chart(
+            "mix",
+            under("mix/realised/"),
+            "share of slots; dashed: asked",
+            under("mix/target/"),
+            names,
         ),
         line_chart("trits", of("ternary/flip_rate"), "share of the weights that change in a step"),
         line_chart("zeros", of("ternary/zero_fraction"), "share of the weights that are 0"),

@@ -1,8 +1,6 @@
 """Runs handed in to a real cluster on this machine, and the RayJob for Kubernetes."""
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from arbitor.errors import UserError
 from arbitor.settings import build
 from ray_jobs.config import RunConfig
 from ray_jobs.journal import JournalReader
+from ray_jobs.run import exit_with_message
 from ray_jobs.submit import authorization, main
 from tests.ray_jobs.ray_cluster import ray_head_with_dashboard
 
@@ -33,15 +32,23 @@ def head():
         yield head
 
 
-def submit(head, *words, **variables):
-    return subprocess.run(
-        [sys.executable, "-m", "ray_jobs.submit", *words],
-        cwd=ROOT,
-        env=head.environment | variables,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+@pytest.fixture
+def submit(head, monkeypatch, capsys):
+    """`python -m ray_jobs.submit WORDS` on that cluster: its exit code and what it prints."""
+    monkeypatch.chdir(ROOT)
+    for name in ("RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+        monkeypatch.setenv(name, head.environment[name])
+
+    def call(*words):
+        code = 0
+        try:
+            exit_with_message(lambda: main(list(words)))
+        except SystemExit as error:
+            code = error.code
+        output = capsys.readouterr()
+        return code, output.out + output.err
+
+    return call
 
 
 def wait_for_steps(folder, count):
@@ -51,25 +58,25 @@ def wait_for_steps(folder, count):
         time.sleep(0.1)
 
 
-def test_submitted_stopped_and_submitted_again_is_one_run(head, tmp_path):
+def test_submitted_stopped_and_submitted_again_is_one_run(submit, tmp_path):
     words = [*SMALL, f"storage={tmp_path}"]
     folder = tmp_path / "handed-in"
-    handed_in = submit(head, *words)
-    assert handed_in.returncode == 0, handed_in.stderr
-    assert f"run folder: {folder}" in handed_in.stdout
+    code, output = submit(*words)
+    assert code == 0 and f"run folder: {folder}" in output, output
     wait_for_steps(folder, 20)
-    second = submit(head, *words)
-    assert second.returncode == 2 and "trains this run; --stop it first" in second.stderr
-    stopped = submit(head, "--stop", "handed-in")
-    assert "STOPPED; the same submit resumes it" in stopped.stdout, stopped.stdout + stopped.stderr
+    code, output = submit(*words)
+    assert code == 2 and "trains this run; --stop it first" in output
+    code, output = submit("--stop", "handed-in")
+    assert code == 0 and "STOPPED; the same submit resumes it" in output, output
     done = len(list(JournalReader(folder).read()))
     assert 20 <= done < STEPS
 
-    followed = submit(head, *words, "--follow")
-    assert followed.returncode == 0, followed.stdout + followed.stderr
-    assert "resuming after step" in followed.stdout and f"{STEPS} steps done" in followed.stdout
-    listed = submit(head, "--list").stdout.splitlines()
-    assert [line.split()[1] for line in listed] == ["STOPPED", "SUCCEEDED"]
+    code, output = submit(*words, "--follow")
+    assert code == 0 and output.rstrip().endswith("SUCCEEDED"), output
+    assert "resuming after step" in output and f"{STEPS} steps done" in output
+    _, listed = submit("--list")
+    assert [line.split()[1] for line in listed.splitlines()] == ["STOPPED", "SUCCEEDED"]
+    assert submit("--status", "handed-in")[1] == listed.splitlines()[1] + "\n"
     steps = [record.step for record in JournalReader(folder).read()]
     assert steps == list(range(1, STEPS + 1))
     note = json.loads((folder / "mlflow.json").read_text())
@@ -82,9 +89,10 @@ def test_submitted_stopped_and_submitted_again_is_one_run(head, tmp_path):
     assert "report.html" in [file.path for file in client.list_artifacts(note["run_id"])]
 
 
-def test_a_wrong_token_is_told(head):
-    refused = submit(head, "--list", RAY_AUTH_TOKEN="not-the-one-that-the-cluster-has")
-    assert refused.returncode == 2 and "wants another token" in refused.stderr
+def test_a_wrong_token_is_told(submit, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "not-the-one-that-the-cluster-has")
+    code, output = submit("--list")
+    assert code == 2 and "wants another token" in output
 
 
 def test_a_token_is_sent_where_ray_finds_one(monkeypatch, tmp_path):
