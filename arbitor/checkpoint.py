@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -137,6 +138,12 @@ def load_checkpoint(folder: Path) -> tuple[Manifest, dict[str, Tensor]]:
     manifest = read_manifest(folder)
     _verify(folder, manifest)
     return manifest, load_file(folder / TENSORS)
+
+
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor, from the header alone."""
+    with safe_open(folder / TENSORS, "pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

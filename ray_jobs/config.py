@@ -1,8 +1,9 @@
 """RunConfig, all that a run is made of: defaults < YAML < `key.path=value` < classic flags."""
 
 import argparse
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -71,6 +72,7 @@ class RunConfig:
 
     name: str
     storage: str = "runs"  # made absolute: workers do not run where the command was typed
+    init_from: str = ""  # a run or a checkpoint whose weights this run begins with
     seed: int = 0
     steps: int = 1000
     backend: str = "auto"
@@ -121,6 +123,10 @@ class RunConfig:
         return asdict(self)
 
 
+_IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the command of a submitted job
+
+CONFIG = "config.yaml"  # in the run's folder: its resolved configuration
+
 # The classic flags are aliases of configuration keys.
 _FLAGS = {
     "--steps": ("steps", "optimizer steps"),
@@ -149,7 +155,11 @@ _SWITCHES = {
 
 
 def load_run_config(
-    job: str, arguments: Sequence[str], defaults: Mapping[str, Any], about: str
+    job: str,
+    arguments: Sequence[str],
+    defaults: Mapping[str, Any],
+    about: str,
+    in_job: bool | None = None,
 ) -> RunConfig:
     """The configuration that a job's command line asks for.
 
@@ -175,8 +185,37 @@ def load_run_config(
     encoder = (values.get("model") or {}).get("image_encoder")
     if encoder:
         values["model"]["image_encoder"] = str(Path(str(encoder)).absolute())
-    values["storage"] = str(Path(str(values.get("storage") or RunConfig.storage)).absolute())
+    in_job = _IN_JOB in os.environ if in_job is None else in_job
+    values["storage"] = _folder("storage", values.get("storage") or RunConfig.storage, in_job)
+    if values.get("init_from"):
+        values["init_from"] = _folder("init_from", values["init_from"], in_job)
     return build(RunConfig, values)
+
+
+def read_run_config(path: Path) -> RunConfig:
+    """The configuration of the run whose folder, or whose checkpoint's folder, `path` is."""
+    for folder in (path, path.absolute().parent.parent):
+        if (folder / CONFIG).is_file():
+            config = build(RunConfig, read_yaml(folder / CONFIG))
+            folder = folder.absolute()  # it may have been moved
+            return replace(config, storage=str(folder.parent), name=folder.name)
+    raise UserError(f"{path}: no {CONFIG} of a run there; give a run's folder")
+
+
+def _folder(key: str, path: Any, in_job: bool) -> str:
+    """The absolute path; refuses one that would be in the job's copy of the working directory."""
+    path = str(path)
+    if "://" in path:
+        raise UserError(
+            f"{key}: {path} is not a folder; give a path that every node mounts (shards may lie in"
+            " object stores, runs may not)"
+        )
+    if in_job and not Path(path).is_absolute():
+        raise UserError(
+            f"{key}: {path} would vanish with the job's working directory; give an absolute path"
+            f" that every node mounts: {key}=/mnt/{path}"
+        )
+    return str(Path(path).absolute())
 
 
 class _Parser(argparse.ArgumentParser):

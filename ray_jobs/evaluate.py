@@ -7,20 +7,17 @@ sequences are those of the run's own evaluations.
 import argparse
 import math
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from arbitor.errors import UserError
 from arbitor.export import open_model
 from arbitor.kernel.backend import BACKENDS, set_backend
 from arbitor.modality import BYTE_MODALITIES
-from arbitor.settings import build, read_yaml
 from arbitor.trainer import evaluate
 from data_pipeline.run_data import held_out_slots
-from ray_jobs.config import RunConfig
-from ray_jobs.run import CONFIG, exit_with_message
+from ray_jobs.config import read_run_config
+from ray_jobs.run import exit_with_message
 from ray_jobs.worker import open_run_data, set_conditions, to_batch
 
 
@@ -48,16 +45,6 @@ def main(arguments: list[str]) -> None:
         else:
             line += "".join(f", {name} {mean:.4f}" for name, mean in means.items())
         print(f"{line}, over {len(batches)} slots")
-
-
-def read_run_config(path: Path) -> RunConfig:
-    """The configuration of the run whose folder, or whose checkpoint's folder, `path` is."""
-    for folder in (path, path.absolute().parent.parent):
-        if (folder / CONFIG).is_file():
-            config = build(RunConfig, read_yaml(folder / CONFIG))
-            folder = folder.absolute()  # it may have been moved
-            return replace(config, storage=str(folder.parent), name=folder.name)
-    raise UserError(f"{path}: no {CONFIG} of a run there; give a run's folder")
 
 
 if __name__ == "__main__":

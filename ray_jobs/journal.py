@@ -1,14 +1,18 @@
 """`metrics.jsonl` of a run: one line a step, the first record of each step, append only.
 
-Worker 0 writes it; the console and MLflow read it. A replayed step is not written again. Between
-the steps stand notes, for whoever watches the run.
+Worker 0 writes it; console, MLflow and report read it. A replayed step is not written again.
+Between the steps stand notes, for whoever watches the run, and the starts of driver and workers.
 """
 
 import json
+import os
+import socket
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 NAME = "metrics.jsonl"
 
@@ -30,13 +34,29 @@ class Note:
     note: str
 
 
+@dataclass(frozen=True)
+class Start:
+    """A process that begins to train, or to have trained, what comes after step `after_step`."""
+
+    time: float
+    after_step: int
+    process: str  # "driver", or "worker" for worker 0
+    pid: int
+    host: str
+
+
+Line = Record | Note | Start
+
+
 class Journal:
     """Appends records; steps that stand in the file already are passed over."""
 
     def __init__(self, folder: Path):
         path = folder / NAME
         _drop_torn_line(path)
-        self.last_step = max((record.step for record in JournalReader(folder).read()), default=0)
+        lines = list(JournalReader(folder).read_lines())
+        self.last_step = max((line.step for line in lines if isinstance(line, Record)), default=0)
+        self._starts = Counter(line.process for line in lines if isinstance(line, Start))
         self._file = open(path, "a")  # noqa: SIM115  (open for the life of the run)
 
     def append(self, step: int, metrics: dict[str, float]) -> None:
@@ -48,7 +68,13 @@ class Journal:
     def note(self, text: str) -> None:
         self._write(Note(time.time(), text))
 
-    def _write(self, line: Record | Note) -> None:
+    def begin(self, after_step: int, process: str) -> int:
+        """Notes a start; how many times such a process had started before."""
+        self._write(Start(time.time(), after_step, process, os.getpid(), socket.gethostname()))
+        self._starts[process] += 1
+        return self._starts[process] - 1
+
+    def _write(self, line: Line) -> None:
         self._file.write(json.dumps(asdict(line)) + "\n")
         self._file.flush()
 
@@ -63,15 +89,12 @@ class JournalReader:
         self._path = folder / NAME
         self._offset = 0
 
-    def is_empty(self) -> bool:
-        return not self._path.exists() or self._path.stat().st_size == 0
-
     def read(self) -> Iterator[Record]:
         """The records added since the last call."""
         return (line for line in self.read_lines() if isinstance(line, Record))
 
-    def read_lines(self) -> Iterator[Record | Note]:
-        """Records and notes added since the last call; a line still being written waits."""
+    def read_lines(self) -> Iterator[Line]:
+        """All lines added since the last call; one that is still being written waits."""
         if not self._path.exists():
             return
         with open(self._path, "rb") as file:
@@ -80,8 +103,13 @@ class JournalReader:
                 if not line.endswith(b"\n"):
                     return
                 self._offset += len(line)
-                values = json.loads(line)
-                yield Note(**values) if "note" in values else Record(**values)
+                yield _parse(json.loads(line))
+
+
+def _parse(values: dict[str, Any]) -> Line:
+    if "note" in values:
+        return Note(**values)
+    return Start(**values) if "after_step" in values else Record(**values)
 
 
 def _drop_torn_line(path: Path) -> None:

@@ -6,7 +6,7 @@ import os
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -21,16 +21,17 @@ from arbitor.settings import build, read_yaml, write_yaml
 from data_pipeline.index import index_sources
 from data_pipeline.manifest import changes, manifests_from_json, manifests_to_json
 from data_pipeline.run_data import RunData
-from ray_jobs.config import RunConfig, load_run_config
+from ray_jobs.config import CONFIG, RunConfig, load_run_config
 from ray_jobs.console import Console
 from ray_jobs.construction import refuse_unbuilt, with_needed_parts
+from ray_jobs.initial_weights import with_pinned_weights
 from ray_jobs.journal import NAME as JOURNAL
-from ray_jobs.journal import JournalReader
+from ray_jobs.journal import Journal, JournalReader
+from ray_jobs.report import REPORT, closing_figures, write_report
 from ray_jobs.scaling import ray_scaling
 from ray_jobs.tracking import NOTE, Tracker, flatten, read_note
 from ray_jobs.worker import CHECKPOINTS, DATA_MANIFEST, PROFILE, run_worker
 
-CONFIG = "config.yaml"
 DATA_CHANGES = "data-changes.jsonl"  # written where a run went on with other data
 
 # A run that goes on may change these keys and sections; everything else decides its bits.
@@ -69,7 +70,7 @@ def exit_with_message(work: Callable[[], Any]) -> None:
 
 def run(config: RunConfig) -> None:
     """Trains to the last step, or goes on with an unfinished run of the same configuration."""
-    config = with_needed_parts(config)
+    config = with_pinned_weights(with_needed_parts(config))
     done = steps_done(config)
     if done >= config.steps:
         return say_finished(config, done)
@@ -83,6 +84,8 @@ def run(config: RunConfig) -> None:
     announce(config, done)
     (config.folder / CONFIG).write_text(write_yaml(config.values()))
     (config.folder / DATA_MANIFEST).write_text(manifests_to_json(manifests))
+    with closing(Journal(config.folder)) as journal:
+        journal.begin(done, "driver")
     console, tracker = Console(config), Tracker(config)
     status = "FAILED"
     try:
@@ -94,6 +97,7 @@ def run(config: RunConfig) -> None:
         raise
     finally:
         console.finish()
+        write_report(config)
         tracker.finish(status)
     print(closing_lines(config, tracker.uri))
 
@@ -218,8 +222,10 @@ def closing_lines(config: RunConfig, tracking_uri: str) -> str:
             is_bytes = config.data.sources[source].modality in BYTE_MODALITIES
             unit = " nats per symbol" if is_bytes else ", the sum of its parts"
             lines.append(f"validation of {source}: {last[f'validation/{source}']:.4f}{unit}")
+    lines += closing_figures(config)
     lines.append(f"run folder: {config.folder}")
     if config.profile:
         lines.append(f"profile:    {config.folder / PROFILE}")
+    lines.append(f"report:     {config.folder / REPORT}")
     lines.append(f"dashboard:  mlflow ui --backend-store-uri {tracking_uri}")
     return "\n".join(lines)

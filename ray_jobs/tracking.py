@@ -12,6 +12,7 @@ from typing import Any
 
 from ray_jobs.config import RunConfig
 from ray_jobs.journal import JournalReader, Record
+from ray_jobs.report import REPORT
 from ray_jobs.samples import FOLDER as SAMPLES
 
 NOTE = "mlflow.json"  # in the run folder: which MLflow run is this one's, and how it ended there
@@ -61,8 +62,8 @@ class Tracker:
 
     def _work(self) -> None:
         # MLflow takes seconds of a core to start: those belong to the workers until they train.
-        while self._reader.is_empty() and not self._stop.wait(_POLL_SECONDS):
-            pass
+        while not self._pending and not self._stop.wait(_POLL_SECONDS):
+            self._pending += self._reader.read()
         pause, give_up = _POLL_SECONDS, float("inf")
         while True:
             ending = self._stop.is_set()
@@ -143,6 +144,9 @@ class Tracker:
         self._client = client
 
     def _end(self) -> None:
+        report = self._config.folder / REPORT
+        if report.exists():
+            self._client.log_artifact(self._run_id, str(report))
         self._client.set_terminated(self._run_id, status=self._status)
         self._write_note(self._status)
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -42,8 +43,10 @@ from data_pipeline.run_data import RunData, held_out_slots
 from data_pipeline.states import StateTable
 from data_pipeline.stream import stream_slots
 from ray_jobs.config import RunConfig
+from ray_jobs.initial_weights import load_initial_weights
 from ray_jobs.journal import Journal
 from ray_jobs.samples import write_samples
+from ray_jobs.step_metrics import StepMetrics
 
 DATA_MANIFEST = "data.json"
 PROFILE = "profile.txt"
@@ -69,6 +72,8 @@ def run_worker(values: dict[str, Any]) -> None:
     model = ARBModel(config.model, config.seed, config.update)
     if checkpoint:
         restore(model, checkpoint, config, data)
+    elif config.init_from:
+        load_initial_weights(model, config)
     model.to(device)
     optimizer = TernaryOptimizer(
         model,
@@ -78,7 +83,7 @@ def run_worker(values: dict[str, Any]) -> None:
         seed=config.seed,
         all_reduce=partial(all_reduce, async_op=True) if world > 1 else None,
     )
-    recorder = Recorder(config, data, model, bad_rows) if rank == 0 else None
+    recorder = Recorder(config, data, model, bad_rows, start, world) if rank == 0 else None
     profile = None
     if config.profile and rank == 0:
         profile = StepProfile(min(start + PROFILED_STEP, config.steps - 1), config.folder / PROFILE)
@@ -181,10 +186,21 @@ def ignore(report: StepReport) -> None:
 class Recorder:
     """Worker 0's account of the run: journal, validation and checkpoints at their intervals."""
 
-    def __init__(self, config: RunConfig, data: RunData, model: ARBModel, bad_rows: BadRows):
+    def __init__(
+        self,
+        config: RunConfig,
+        data: RunData,
+        model: ARBModel,
+        bad_rows: BadRows,
+        start: int,
+        world: int,
+    ):
         self.config, self.data, self.model, self.bad_rows = config, data, model, bad_rows
         self.states = StateTable(config.folder, data.plan.fingerprint)
         self.journal = Journal(config.folder)
+        self.restarts = self.journal.begin(start, "worker")
+        self.metrics_of = StepMetrics(config, data, model, start, world)
+        self.blocked: dict[str, float] = {}  # how long the last checkpoint held the loop up
         self.checkpoints = CheckpointWriter(config.folder / CHECKPOINTS, config.keep_checkpoints)
         # Read while the first steps run: held-out images and videos take seconds to decode.
         self._reader = ThreadPoolExecutor(1)
@@ -198,28 +214,30 @@ class Recorder:
         done = report.step + 1
         metrics = self.step_metrics(report) | self.checkpoint_metrics(self.checkpoints.poll())
         if self._due(done, self.config.eval_interval):
+            started = time.perf_counter()
             metrics |= self.validation_metrics()
+            metrics["throughput/validation_s"] = time.perf_counter() - started
         if self.config.sample_interval and self._due(done, self.config.sample_interval):
             held_out = {source: slots.result() for source, slots in self._held_out.items()}
             write_samples(self.model, self.config, done, held_out)
-        self.journal.append(done, metrics)
+        self.journal.append(done, metrics | self.blocked)
         self.states.add(self.data.plan, done)
+        self.blocked = {}
         if self.config.save and self._due(done, self.config.save_interval):
+            started = time.perf_counter()
             self.save(done)
+            self.blocked = {"checkpoint/blocked_s": time.perf_counter() - started}
 
     def _due(self, done: int, interval: int) -> bool:
         return done == self.config.steps or (interval > 0 and done % interval == 0)
 
     def step_metrics(self, report: StepReport) -> dict[str, float]:
         """Losses of the sources that the step served, and how it went."""
-        data = self.config.data
-        positions = data.slots_per_step * data.batch_size * data.sequence_length
         return {
             **self.loss_metrics(report),
             **self.data_metrics(),
-            "throughput/positions_per_s": positions / report.seconds,
-            "throughput/data_wait_pct": 100 * report.data_wait_seconds / report.seconds,
-            "throughput/workers": ray.train.get_context().get_world_size(),
+            **self.metrics_of(report),
+            "run/restarts": self.restarts,
             "ternary/flip_rate": report.update.flip_rate,
             "ternary/zero_fraction": report.update.zero_fraction,
             "ternary/saturated_fraction": report.update.saturated_fraction,

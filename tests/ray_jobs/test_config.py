@@ -12,6 +12,7 @@ from ray_jobs import pretrain, text
 from ray_jobs.config import RunConfig, load_run_config
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+CONFIGS = [path for path in CONFIGS if path.name != "runtime_env.yaml"]  # that one is for Ray
 
 
 def load(*arguments, job="pretrain", defaults=pretrain.DEFAULTS):

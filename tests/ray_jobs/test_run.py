@@ -141,7 +141,7 @@ def check_samples(stem):
 def test_losses_do_not_depend_on_the_number_of_workers(one_worker, two_workers):
     def metrics(config):
         # Speed, and the captions that the first worker cut, are its own.
-        own = ("throughput/", "checkpoint/", "data/truncated_captions/")
+        own = ("throughput/", "checkpoint/", "system/", "data/truncated_captions/")
         return [
             {key: v for key, v in record.metrics.items() if not key.startswith(own)}
             for record in JournalReader(config.folder).read()
@@ -317,3 +317,35 @@ def test_data_for_not_one_step_is_refused(storage):
     config = replace(config, data=replace(config.data, batch_size=4096))
     with pytest.raises(UserError, match="max_epochs leaves less data than one step needs"):
         run(config)
+
+
+def test_a_run_begins_with_the_weights_of_another(ray_head, one_worker, storage, capsys):
+    """With rates of 0 nothing moves: the new run ends with the weights that it began with."""
+    frozen = replace(one_worker.update, latent_rate=0.0, scale_rate=0.0)
+    config = replace(
+        one_worker,
+        name="begun",
+        steps=2,
+        eval_interval=0,
+        update=frozen,
+        sample_interval=0,
+        init_from=str(one_worker.folder),
+    )
+    newest = newest_checkpoint(one_worker.folder / CHECKPOINTS)
+    run(config)
+    assert f"begins with the weights of {newest}" in capsys.readouterr().out
+    assert [record.step for record in JournalReader(config.folder).read()] == [1, 2]
+    manifest, tensors = load_checkpoint(newest_checkpoint(config.folder / CHECKPOINTS))
+    assert manifest.step == 2 and manifest.config["init_from"] == str(newest)
+    first = final_tensors(one_worker)
+    latents = [name for name in first if name.endswith(".latent") and "codebook" not in name]
+    assert latents and all(tensors[name].equal(first[name]) for name in latents)
+    run(config)  # the same command again
+    assert "is finished" in capsys.readouterr().out
+
+    wider = replace(config, name="wider", model=replace(config.model, width=128))
+    with pytest.raises(UserError) as caught:
+        run(wider)
+    assert "byte_head.projection.latent is [288, 64] instead of [288, 128]" in str(caught.value)
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        run(replace(config, name="none", init_from=str(storage)))
