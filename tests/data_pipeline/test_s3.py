@@ -30,7 +30,11 @@ def bucket(tmp_path_factory):
     try:
         address = _address(server, log)
         store = pyarrow.fs.S3FileSystem(
-            "any", "any", endpoint_override=address, scheme="http", allow_bucket_creation=True
+            access_key="any",
+            secret_key="any",
+            endpoint_override=address,
+            scheme="http",
+            allow_bucket_creation=True,
         )
         store.create_dir("shards")
         with pytest.MonkeyPatch.context() as patch:
