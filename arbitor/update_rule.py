@@ -28,7 +28,7 @@ class UpdateConfig(StateFormat):
     Rates are in latent units (int8 steps) and octaves of the row scale.
     """
 
-    latent_rate: float = 9.0  # 0 freezes the trits; the scales still learn
+    latent_rate: float = 3.0  # 0 freezes the trits; the scales still learn
     table_rate: float = 0.3  # embedding and head learn at this multiple of latent_rate
     scale_rate: float = 0.01
     warmup_steps: int = 100

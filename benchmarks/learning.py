@@ -64,7 +64,7 @@ def parse() -> argparse.Namespace:
     rules = [*VARIANTS, *RULES]
     parser.add_argument("--rules", nargs="+", default=["latent", "ste"], choices=rules)
     parser.add_argument("--lr", nargs="+", type=float, default=[2e-3, 4e-3, 8e-3])
-    parser.add_argument("--latent-rate", nargs="+", type=float, default=[9.0])
+    parser.add_argument("--latent-rate", nargs="+", type=float, default=[3.0])
     parser.add_argument("--attention", action="store_true")
     parser.add_argument(
         "--model", nargs="+", default=[], metavar="KEY=VALUE", help="more of the section model"

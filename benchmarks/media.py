@@ -93,7 +93,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     add("--slots", type=int, default=1, help="of each source a step")
     add("--steps", type=int, default=2000)
     add("--warmup", type=int, default=100)
-    add("--latent-rate", type=float, default=9.0)
+    add("--latent-rate", type=float, default=3.0)
     add("--table-rate", type=float, default=1.0, help="0.3 is too low for codes of sound")
     add("--judged", type=int, default=64, help="samples of each kind")
     add("--euler-steps", type=int, default=32)

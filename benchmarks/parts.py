@@ -26,7 +26,7 @@ from benchmarks import learning
 from benchmarks.timing import environment
 
 WINDOW, STRIDE = 128, 16
-LATENT_RATE = 9.0
+LATENT_RATE = 3.0
 PARTS = {  # beside attention, which all but the first have
     "light": {},
     "attention": {},

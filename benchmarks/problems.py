@@ -82,7 +82,7 @@ def random_state(N: int, K: int) -> TernaryState:
     """A state of the right shape with latents spread as training leaves them."""
     small = vars(init_state(N, 64, 1.0, seed=0, name="benchmark"))
     state = {name: tensor.cuda() for name, tensor in small.items()}
-    state["latent"] = (152.5 * torch.randn(N, K, device="cuda")).clamp_(-127, 127).to(torch.int8)
+    state["latent"] = (52.5 * torch.randn(N, K, device="cuda")).clamp_(-127, 127).to(torch.int8)
     state["momentum"] = torch.randint(-127, 128, (N, K), device="cuda", dtype=torch.int8)
     groups = -(-K // 64)
     state["momentum_exponent"] = torch.zeros(N, groups, dtype=torch.int8, device="cuda")

@@ -46,7 +46,7 @@ def plain_update(
         return clamp(old + ((change + noise) >> 9), -32768, 32767)
 
     def trit(latent):
-        return (latent > 61) - (latent < -61)
+        return (latent > 21) - (latent < -21)
 
     after = {"latent": [], "momentum": [], "momentum_exponent": [], "row_moment": []}
     after |= {"scale_moment": [], "log2_scale": [], "col_moment": [], "tensor_moment": [T]}

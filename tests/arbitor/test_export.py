@@ -31,7 +31,7 @@ FORMATS = [StateFormat(), StateFormat(latent_bits=6, group_size=16), StateFormat
 def save(folder, format=FORMATS[0], config=CONFIG, step=3, model=None):
     """A run's folder with one checkpoint, and the model in it."""
     model = model or ARBModel(config, 1, format)
-    values = {"model": vars(config), "update": vars(format) | {"latent_rate": 9.0}}
+    values = {"model": vars(config), "update": vars(format) | {"latent_rate": 3.0}}
     save_checkpoint(
         folder / "checkpoints",
         model.state_dict(),

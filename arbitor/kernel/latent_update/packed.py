@@ -18,7 +18,7 @@ def stored_state(plain: TernaryState, format: StateFormat) -> TernaryState:
     """A fresh state (`init_state`) in its format; its latents are rounded to the coarser grid."""
     state = plain
     if format.latent_bits == 6:
-        # To nearest, halves away from 0: 61 to 60 and 62 to 64, so every trit stays what it was.
+        # To nearest, halves away from 0: 21 to 20 and 22 to 24, so every trit stays what it was.
         magnitude = (plain.latent.abs().clamp_(max=format.largest_latent) + 2) & ~3
         latent = plain.latent.sign() * magnitude
         state = replace(state, latent=pack_latent(latent))

@@ -28,11 +28,11 @@ from arbitor.kernel.latent_update.slots import (
     row_blocks,
 )
 
-# Latents from -61 to 61 are the trit 0. A wide zone makes a latent step small against it: what
-# stochastic rounding adds to a latent shrinks with the zone. One more than a multiple of 4: rounded
-# to 6 bits, every latent keeps its trit.
-DEAD_ZONE = 61
-TWICE_SPREAD = 305  # twice the standard deviation of fresh latents, before they are clamped
+# Latents from -21 to 21 are the trit 0. A wider zone makes the rounding of a step small against it,
+# a narrower one lets a latent go far beyond it, which long runs need more (LOG.md). One more than a
+# multiple of 4: rounded to 6 bits, every latent keeps its trit.
+DEAD_ZONE = 21
+TWICE_SPREAD = 105  # twice the standard deviation of fresh latents, before they are clamped
 GROUP = 64  # weights of a row that share a momentum exponent
 LATENT_MAX = 127
 EMPTY_GROUP = -128
@@ -66,7 +66,7 @@ class GroupedState(TernaryState):
 
 
 def init_state(num_rows: int, num_cols: int, gain: float, seed: int, name: str) -> TernaryState:
-    """A fresh state: latents round(152.5 z) within +-127, z normal: 31 % of trits are 0.
+    """A fresh state: latents round(52.5 z) within +-127, z normal: 32 % of trits are 0.
 
     Latents are the inverse normal distribution function (an integer table, 2^-32) of the hash of
     (seed, `name` = qualified name of the tensor, element). The row scale gives outputs of rms
@@ -106,7 +106,7 @@ def blank_state(num_rows: int, num_cols: int) -> TernaryState:
 
 @lru_cache(maxsize=1)
 def _normal_thresholds() -> Tensor:
-    """int64 [254]: 2^32 * P(152.5 z <= v + 1/2) for v = -127 to 126.
+    """int64 [254]: 2^32 * P(52.5 z <= v + 1/2) for v = -127 to 126.
 
     The power series of the normal distribution function in 128-bit fixed point: no libm.
     """
