@@ -13,7 +13,7 @@ from arbitor.settings import build, write_yaml
 from ray_jobs.config import RunConfig
 from ray_jobs.journal import JournalReader
 
-STEPS = 2500
+STEPS = 1200
 VALUES = {
     "steps": STEPS,
     "log_interval": 100,
