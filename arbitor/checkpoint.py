@@ -1,7 +1,8 @@
 """A checkpoint is a folder: `model.safetensors` and, written last, `manifest.json`.
 
-A folder without a valid manifest is not a checkpoint. No pickle is ever read. `CheckpointWriter`
-writes them beside the training; a checkpoint counts once its folder has its final name.
+A folder without a valid manifest is not a checkpoint, nor is one whose writer had lost the run
+(`owners.py`). No pickle is ever read. `CheckpointWriter` writes them beside the training; a
+checkpoint counts once its folder has its final name.
 """
 
 import hashlib
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from arbitor.errors import UserError
+from arbitor.owners import SupersededError, is_accepted, is_superseded, read_owners
 
 TENSORS = "model.safetensors"
 MANIFEST = "manifest.json"
@@ -33,6 +35,7 @@ class Manifest:
 
     step: int  # steps done
     config: dict[str, Any]
+    token: int  # of the owner that wrote it
     plan_fingerprint: str
     conditions: dict[str, Any]  # what the bits of a slot's gradient depend on
     files: dict[str, str]  # name -> sha256
@@ -46,25 +49,30 @@ def save_checkpoint(
     config: dict[str, Any],
     plan_fingerprint: str,
     conditions: dict[str, Any],
+    token: int = 0,
 ) -> Path:
     """Writes `folder/step-<step>` durably: temporary folder, fsync of every file, rename.
 
     A whole checkpoint of this step that is there already stays: a replayed step has its bits.
+    Raises SupersededError if the run has a later owner than `token`.
     """
     final = folder / f"step-{step:08d}"
     if is_whole(final):
         return final
-    partial = folder / f"{_PARTIAL}{final.name}"
+    partial = folder / f"{_PARTIAL}{token}-{final.name}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
     save_file(tensors, partial / TENSORS)
     manifest = Manifest(
-        step, config, plan_fingerprint, conditions, {TENSORS: sha256(partial / TENSORS)}
+        step, config, token, plan_fingerprint, conditions, {TENSORS: sha256(partial / TENSORS)}
     )
     (partial / MANIFEST).write_text(_sealed(manifest))
     for path in (partial / TENSORS, partial / MANIFEST, partial):
         _fsync(path)
+    if token and is_superseded(folder.parent, token):
+        shutil.rmtree(partial)
+        raise SupersededError(f"{final}: not written, the run has another owner by now")
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
     _fsync(folder)
@@ -151,6 +159,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
     for candidate in sorted(folder.glob("step-*"), reverse=True):
         try:
             manifest = read_manifest(candidate)
+            _check_owner(candidate, manifest)
             _verify(candidate, manifest)
         except UserError as error:
             print(f"checkpoint passed over: {error}")
@@ -163,11 +172,17 @@ def is_whole(folder: Path, verify: bool = True) -> bool:
     """Whether `folder` is a checkpoint; with `verify` also by the sha256 of its files."""
     try:
         manifest = read_manifest(folder)
+        _check_owner(folder, manifest)
         if verify:
             _verify(folder, manifest)
     except UserError:
         return False
     return True
+
+
+def _check_owner(folder: Path, manifest: Manifest) -> None:
+    if not is_accepted(read_owners(folder.parent.parent), manifest.token, manifest.step):
+        raise UserError(f"{folder}: written by owner {manifest.token}, which had lost the run")
 
 
 def _verify(folder: Path, manifest: Manifest) -> None:

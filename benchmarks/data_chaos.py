@@ -39,7 +39,7 @@ from data_pipeline.index import index_sources
 from data_pipeline.run_data import RunData
 from data_pipeline.schema import DataConfig, SourceConfig
 from data_pipeline.stream import stream_slots
-from ray_jobs.worker import log_slots
+from ray_jobs.slots import log_slots
 
 WEIGHTS = {"text": 0.3, "code": 0.2, "image": 0.2, "audio": 0.15, "video": 0.15}
 # Small windows, so that the lanes of a short run go through many.

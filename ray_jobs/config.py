@@ -67,6 +67,24 @@ class Resume:
 
 
 @dataclass(frozen=True)
+class Recovery:
+    """What a run bears before it gives up."""
+
+    # Failures in a row without a step that was not done before; failures with progress between
+    # them never end a run.
+    max_failures: int = 3
+    step_timeout_s: float = 600.0  # a worker without a step for so long hangs, and is killed
+
+    def validate(self) -> None:
+        if self.max_failures < 0:
+            raise UserError(f"recovery.max_failures: expected 0 or more, got {self.max_failures}")
+        if self.step_timeout_s <= 0:
+            raise UserError(
+                f"recovery.step_timeout_s: expected more than 0, got {self.step_timeout_s}"
+            )
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One training run; it lives in the folder `storage/name`."""
 
@@ -91,6 +109,7 @@ class RunConfig:
     scaling: Scaling = field(default_factory=Scaling)
     tracking: Tracking = field(default_factory=Tracking)
     resume: Resume = field(default_factory=Resume)
+    recovery: Recovery = field(default_factory=Recovery)
 
     def validate(self) -> None:
         smallest = {"steps": 1, "log_interval": 1, "eval_interval": 0, "save_interval": 0}

@@ -16,9 +16,11 @@ from arbitor.kernel.backend import BACKENDS, set_backend
 from arbitor.modality import BYTE_MODALITIES
 from arbitor.trainer import evaluate
 from data_pipeline.run_data import held_out_slots
+from ray_jobs.conditions import set_conditions
 from ray_jobs.config import read_run_config
 from ray_jobs.run import exit_with_message
-from ray_jobs.worker import open_run_data, set_conditions, to_batch
+from ray_jobs.slots import to_batch
+from ray_jobs.worker import open_run_data
 
 
 def main(arguments: list[str]) -> None:

@@ -1,7 +1,8 @@
 """`metrics.jsonl` of a run: one line a step, the first record of each step, append only.
 
-Worker 0 writes it; console, MLflow and report read it. A replayed step is not written again.
-Between the steps stand notes, for whoever watches the run, and the starts of driver and workers.
+Worker 0 writes it; console, MLflow and report read it. A replayed step is not written again, but
+must have the same metrics. Between the steps stand notes, for whoever watches the run, and the
+starts of driver and workers.
 """
 
 import json
@@ -15,6 +16,13 @@ from pathlib import Path
 from typing import Any
 
 NAME = "metrics.jsonl"
+SAVE_S = "checkpoint/save_s"
+CHANGED = "from here on"  # how a note begins after which steps need not repeat those before it
+_OF_THE_MOMENT = ("throughput/", "checkpoint/", "system/", "run/", "data/")  # do not repeat
+
+
+class ReplayError(RuntimeError):
+    """A step that was done before gave other metrics now."""
 
 
 @dataclass(frozen=True)
@@ -49,18 +57,35 @@ Line = Record | Note | Start
 
 
 class Journal:
-    """Appends records; steps that stand in the file already are passed over."""
+    """Appends records; steps that stand in the file already are compared with it.
 
-    def __init__(self, folder: Path):
+    `start` steps are done: what was recorded of them is not needed any more.
+    """
+
+    def __init__(self, folder: Path, start: int = 0):
         path = folder / NAME
         _drop_torn_line(path)
-        lines = list(JournalReader(folder).read_lines())
-        self.last_step = max((line.step for line in lines if isinstance(line, Record)), default=0)
-        self._starts = Counter(line.process for line in lines if isinstance(line, Start))
+        self.last_step = 0
+        self._starts: Counter[str] = Counter()
+        self._replayed: dict[int, dict[str, float]] = {}
+        for line in JournalReader(folder).read_lines():
+            self._take(line, start)
         self._file = open(path, "a")  # noqa: SIM115  (open for the life of the run)
 
+    def _take(self, line: Line, start: int) -> None:
+        if isinstance(line, Record):
+            self.last_step = max(self.last_step, line.step)
+            if line.step > start:
+                self._replayed[line.step] = line.metrics
+        elif isinstance(line, Start):
+            self._starts[line.process] += 1
+        elif line.note.startswith(CHANGED):
+            self._replayed = {}
+
     def append(self, step: int, metrics: dict[str, float]) -> None:
+        """Raises ReplayError where the step is recorded with other metrics than these."""
         if step <= self.last_step:
+            _compare(step, self._replayed.pop(step, {}), metrics)
             return
         self._write(Record(step, time.time(), metrics))
         self.last_step = step
@@ -110,6 +135,20 @@ def _parse(values: dict[str, Any]) -> Line:
     if "note" in values:
         return Note(**values)
     return Start(**values) if "after_step" in values else Record(**values)
+
+
+def _compare(step: int, first: dict[str, float], now: dict[str, float]) -> None:
+    """Only what both have: the interval of evaluations may have changed between them."""
+    different = [
+        f"{key} {first[key]!r} -> {now[key]!r}"
+        for key in sorted(first.keys() & now.keys())
+        if first[key] != now[key] and not key.startswith(_OF_THE_MOMENT)
+    ]
+    if different:
+        raise ReplayError(
+            f"step {step} does not repeat what is recorded of it ({'; '.join(different[:5])}):"
+            " something in its data, program or machine has changed"
+        )
 
 
 def _drop_torn_line(path: Path) -> None:

@@ -4,33 +4,34 @@ import json
 import logging
 import os
 import sys
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import ray
-import ray.train
-from ray.train.torch import TorchTrainer
 
-from arbitor.checkpoint import newest_checkpoint, read_manifest
+from arbitor.checkpoint import CHECKPOINTS, newest_checkpoint, read_manifest
 from arbitor.errors import UserError
 from arbitor.modality import BYTE_MODALITIES
 from arbitor.settings import build, read_yaml, write_yaml
 from data_pipeline.index import index_sources
 from data_pipeline.manifest import changes, manifests_from_json, manifests_to_json
 from data_pipeline.run_data import RunData
+from ray_jobs.attempts import RunFailedError, train_on_ray
 from ray_jobs.config import CONFIG, RunConfig, load_run_config
 from ray_jobs.console import Console
 from ray_jobs.construction import refuse_unbuilt, with_needed_parts
+from ray_jobs.heartbeat import Watch
 from ray_jobs.initial_weights import with_pinned_weights
+from ray_jobs.journal import CHANGED, Journal, JournalReader
 from ray_jobs.journal import NAME as JOURNAL
-from ray_jobs.journal import Journal, JournalReader
+from ray_jobs.lease import Lease, refuse_if_in_use
 from ray_jobs.report import REPORT, closing_figures, write_report
-from ray_jobs.scaling import ray_scaling
+from ray_jobs.stop import StoppedError, StopSignals, warn_of_short_grace
 from ray_jobs.tracking import NOTE, Tracker, flatten, read_note
-from ray_jobs.worker import CHECKPOINTS, DATA_MANIFEST, PROFILE, run_worker
+from ray_jobs.worker import DATA_MANIFEST, PROFILE
 
 DATA_CHANGES = "data-changes.jsonl"  # written where a run went on with other data
 
@@ -46,7 +47,7 @@ _MAY_CHANGE = (
     "log_slots",
     "profile",
 )
-_MAY_CHANGE += ("storage", "tracking", "scaling.num_workers", "resume")
+_MAY_CHANGE += ("storage", "tracking", "scaling.num_workers", "resume", "recovery")
 _MAY_CHANGE += ("data.decode_tasks", "data.max_bad_fraction")
 
 
@@ -56,21 +57,28 @@ def main(job: str, about: str, defaults: Mapping[str, Any]) -> None:
 
 
 def exit_with_message(work: Callable[[], Any]) -> None:
-    """Exit code 2 and one line for a user's mistake; 1 and the worker's error for a failed run."""
+    """Exit code 2 and one line for a user's mistake, 1 and the cause for a failed run, 128 + its
+    number for a signal that stopped it.
+    """
     try:
         work()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except ray.train.TrainingFailedError as error:
-        print(error, file=sys.stderr)
-        print("run failed; the same command resumes at the newest checkpoint", file=sys.stderr)
+    except StoppedError as error:
+        print(f"{error}; the same command goes on", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except RunFailedError as error:
+        print(f"run failed: {error}", file=sys.stderr)
+        print("the same command resumes at the newest checkpoint", file=sys.stderr)
         sys.exit(1)
 
 
 def run(config: RunConfig) -> None:
     """Trains to the last step, or goes on with an unfinished run of the same configuration."""
     config = with_pinned_weights(with_needed_parts(config))
+    refuse_unwritable(config.folder)
+    refuse_if_in_use(config.folder)
     done = steps_done(config)
     if done >= config.steps:
         return say_finished(config, done)
@@ -79,27 +87,58 @@ def run(config: RunConfig) -> None:
     config = end_with_data(config, data)
     if done >= config.steps:
         return say_finished(config, done)
-    check_data(config, data)
-    config.folder.mkdir(parents=True, exist_ok=True)
-    announce(config, done)
-    (config.folder / CONFIG).write_text(write_yaml(config.values()))
-    (config.folder / DATA_MANIFEST).write_text(manifests_to_json(manifests))
-    with closing(Journal(config.folder)) as journal:
-        journal.begin(done, "driver")
+    with held(config.folder, done) as holder:
+        check_data(config, data)
+        announce(config, done)
+        warn_of_short_grace(config.folder)
+        (config.folder / CONFIG).write_text(write_yaml(config.values()))
+        (config.folder / DATA_MANIFEST).write_text(manifests_to_json(manifests))
+        with closing(Journal(config.folder)) as journal:
+            journal.begin(done, "driver")
+        tracking_uri = train_and_track(config, holder)
+    print(closing_lines(config, tracking_uri))
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Raises UserError where the run could not write; `folder` need not be there yet."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        place = folder if folder.exists() else folder.parent
+        problem = "" if os.access(place, os.W_OK, effective_ids=True) else "may not be written to"
+    except OSError as error:
+        problem = f"{error.filename}: {error.strerror}"
+    if problem:
+        raise UserError(f"{folder}: {problem}; mend it, or give another storage=FOLDER")
+
+
+@contextmanager
+def held(folder: Path, after_step: int) -> Iterator[dict[str, Any]]:
+    """Makes the run's folder and holds its lease; gives the holder's name."""
+    folder.mkdir(exist_ok=True)
+    lease = Lease(folder, after_step)
+    try:
+        yield lease.holder
+    finally:
+        lease.release()
+
+
+def train_and_track(config: RunConfig, holder: dict[str, Any]) -> str:
+    """Trains with console and MLflow beside it; where MLflow's store is."""
     console, tracker = Console(config), Tracker(config)
     status = "FAILED"
-    try:
-        with ray_cluster(config):
-            train_on_ray(config)
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    finally:
-        console.finish()
-        write_report(config)
-        tracker.finish(status)
-    print(closing_lines(config, tracker.uri))
+    with StopSignals(config.folder) as signals:
+        try:
+            with ray_cluster(config), watched(config):
+                signals.listen()  # Ray has taken SIGTERM for itself
+                done = train_on_ray(config, holder)
+            status = "FINISHED" if done >= config.steps else "KILLED"
+        finally:
+            console.finish()
+            write_report(config)
+            tracker.finish(status)
+    if status == "KILLED":
+        raise StoppedError(signals.received, done)
+    return tracker.uri
 
 
 def say_finished(config: RunConfig, done: int) -> None:
@@ -114,11 +153,20 @@ def announce(config: RunConfig, done: int) -> None:
     if not config.save:
         for name in (JOURNAL, NOTE):
             (config.folder / name).unlink(missing_ok=True)
+    path = config.folder / CONFIG
+    if path.exists() and (before := read_yaml(path)["steps"]) != config.steps:
+        note_change(config, f"{config.steps} steps instead of {before}")
     last = max((record.step for record in JournalReader(config.folder).read()), default=0)
     if last > done:
         print(f"resuming after step {done}; steps {done + 1} to {last} are in the journal already")
     elif done:
         print(f"resuming after step {done}")
+
+
+def note_change(config: RunConfig, what: str) -> None:
+    """Steps that are replayed from here on may differ from what is recorded of them."""
+    with closing(Journal(config.folder)) as journal:
+        journal.note(f"{CHANGED} with {what}")
 
 
 def steps_done(config: RunConfig) -> int:
@@ -173,8 +221,19 @@ def check_data(config: RunConfig, data: RunData) -> None:
             " restore it, give --run another name, or set resume.allow_changed_data=true"
         )
     print(f"going on after step {checkpoint.step} with changed data: {'; '.join(found)}")
+    note_change(config, "other data")
     with open(config.folder / DATA_CHANGES, "a") as file:
         file.write(json.dumps({"after_step": checkpoint.step, "changes": found}) + "\n")
+
+
+@contextmanager
+def watched(config: RunConfig) -> Iterator[None]:
+    """Workers that give no sign of life, or make no step, are killed meanwhile."""
+    watch = Watch(config.folder, config.recovery.step_timeout_s)
+    try:
+        yield
+    finally:
+        watch.close()
 
 
 @contextmanager
@@ -194,20 +253,6 @@ def ray_cluster(config: RunConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-
-
-def train_on_ray(config: RunConfig) -> None:
-    # Ray asks its workers every 2 s whether they live or have ended; sooner is cheap.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-    trainer = TorchTrainer(
-        run_worker,
-        train_loop_config=config.values(),
-        scaling_config=ray_scaling(config.scaling),
-        run_config=ray.train.RunConfig(
-            name="attempt-" + uuid.uuid4().hex[:8], storage_path=str(config.folder / "ray")
-        ),
-    )
-    trainer.fit()
 
 
 def closing_lines(config: RunConfig, tracking_uri: str) -> str:

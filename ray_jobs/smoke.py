@@ -19,8 +19,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
 
-import ray.train
-
 from arbitor.errors import UserError
 from arbitor.modality import BYTE_MODALITIES
 from data_pipeline.run_data import read_slots
@@ -52,10 +50,6 @@ def smoke(words: list[str]) -> None:
     killer.start()
     try:
         run(config)
-    except ray.train.TrainingFailedError:
-        if not killer.has_killed:
-            raise
-        run(config)  # the same command again, as a user would give it
     finally:
         killer.stop()
     tell(config, killer)

@@ -21,7 +21,9 @@ _BATCH = 1000  # MLflow takes at most this many metrics in a call
 _PARAMS = 100  # and this many parameters
 _POLL_SECONDS = 1.0
 _LONGEST_PAUSE = 10.0  # between attempts while the store does not answer
+_TOLD_AFTER = 30.0  # without an answer: training goes on, but whoever watches should know
 _PATIENCE = 60.0  # how long the end of a run waits for it
+_STOP_PATIENCE = 10.0  # and the end of one that was told to stop
 
 
 class Tracker:
@@ -41,6 +43,7 @@ class Tracker:
         self._client: Any = None
         self._status = ""  # of the run once it has ended
         self._failure: Exception | None = None
+        self._told = False  # that the store does not answer
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="mlflow-writer", daemon=True)
         self._thread.start()
@@ -48,7 +51,8 @@ class Tracker:
     def finish(self, status: str) -> None:
         """Sends what is left and ends the MLflow run as FINISHED, FAILED or KILLED.
 
-        A store that stays away for a minute does not fail the run: it is told how to send later.
+        A store that stays away for a minute (10 s where the run was stopped) does not fail the
+        run: it is told how to send later.
         """
         self._status = status
         self._stop.set()
@@ -64,26 +68,38 @@ class Tracker:
         # MLflow takes seconds of a core to start: those belong to the workers until they train.
         while not self._pending and not self._stop.wait(_POLL_SECONDS):
             self._pending += self._reader.read()
-        pause, give_up = _POLL_SECONDS, float("inf")
+        pause, give_up, failing_since = _POLL_SECONDS, float("inf"), float("inf")
         while True:
             ending = self._stop.is_set()
             if ending:
-                give_up = min(give_up, time.monotonic() + _PATIENCE)
+                patience = _STOP_PATIENCE if self._status == "KILLED" else _PATIENCE
+                give_up = min(give_up, time.monotonic() + patience)
             self._pending += self._reader.read()
             try:
                 self._send()
                 if ending:
                     self._end()
                     return
-                pause = _POLL_SECONDS
+                pause, failing_since = _POLL_SECONDS, float("inf")
             except Exception as error:  # whatever the store's client raises: tried again
                 self._failure = error
+                failing_since = min(failing_since, time.monotonic())
+                if time.monotonic() >= failing_since + _TOLD_AFTER and not self._told:
+                    self._tell()
                 pause = min(2 * pause, _LONGEST_PAUSE)
                 if time.monotonic() >= give_up:
                     return
                 if ending:
                     time.sleep(_POLL_SECONDS)
             self._stop.wait(pause)
+
+    def _tell(self) -> None:
+        self._told = True
+        print(
+            f"MLflow at {self.uri} does not take the metrics ({self._failure}); training goes on,"
+            " they wait in the run's folder",
+            file=sys.stderr,
+        )
 
     def _send(self) -> None:
         from mlflow.entities import Metric

@@ -3,6 +3,7 @@
 import errno
 import itertools
 import json
+import resource
 import subprocess
 import sys
 
@@ -17,6 +18,7 @@ from arbitor.checkpoint import (
     save_checkpoint,
 )
 from arbitor.errors import UserError
+from arbitor.owners import SupersededError, add_owner
 
 STATE = {
     "a": torch.arange(6, dtype=torch.int8).view(2, 3),
@@ -24,9 +26,15 @@ STATE = {
 }
 
 
-def save(folder, step):
+def save(folder, step, token=0):
     return save_checkpoint(
-        folder, STATE, step=step, config={"x": 1}, plan_fingerprint="f", conditions={"threads": 1}
+        folder,
+        STATE,
+        step=step,
+        config={"x": 1},
+        plan_fingerprint="f",
+        conditions={"threads": 1},
+        token=token,
     )
 
 
@@ -146,3 +154,38 @@ def test_a_manifest_that_was_edited_is_refused(tmp_path):
     (folder / "manifest.json").write_text(manifest.replace('"step": 5', '"step": 6'))
     with pytest.raises(UserError, match="manifest.json: damaged"):
         load_checkpoint(folder)
+
+
+def test_a_checkpoint_of_an_owner_that_lost_the_run_is_not_chosen(tmp_path, capsys):
+    folder = tmp_path / "checkpoints"
+    first = add_owner(tmp_path, None, "workers", 0, {})
+    older = save(folder, 5, token=first.token)
+    second = add_owner(tmp_path, first, "workers", 5, {})
+    with pytest.raises(SupersededError):
+        save(folder, 10, token=first.token)
+    assert newest_checkpoint(folder) == older
+    (tmp_path / "owners" / "00000002.json").rename(tmp_path / "away")  # not seen in time
+    late = save(folder, 10, token=first.token)
+    (tmp_path / "away").rename(tmp_path / "owners" / "00000002.json")
+    assert newest_checkpoint(folder) == older
+    assert "written by owner 1, which had lost the run" in capsys.readouterr().out
+    assert save(folder, 10, token=second.token) == late
+    assert load_checkpoint(newest_checkpoint(folder))[0].token == second.token
+
+
+def test_a_full_disk_leaves_the_checkpoints_before(tmp_path):
+    """The kernel refuses to write beyond a size, in the middle of the file."""
+    save(tmp_path, 1)
+    big = {"a": torch.zeros(1 << 16, dtype=torch.int8)}
+    writer = CheckpointWriter(tmp_path, keep=2)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, limits[1]))
+    try:
+        writer.save(big, **header(2))
+        outcome = writer.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "File too large" in outcome.error
+    assert newest_checkpoint(tmp_path).name == "step-00000001"
+    writer.save(big, **header(2))
+    assert writer.wait().error == "" and newest_checkpoint(tmp_path).name == "step-00000002"

@@ -14,7 +14,7 @@ from data_pipeline.layout import layout_of
 from data_pipeline.plan import WindowKey
 from data_pipeline.row_id import media_row_ids
 from data_pipeline.run_data import held_out_slots, read_slots
-from ray_jobs.worker import to_batch
+from ray_jobs.slots import to_batch
 from tests.data_pipeline.media_shards import (
     BORDERS,
     SHAPE,

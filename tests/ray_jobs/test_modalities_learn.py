@@ -19,7 +19,7 @@ from data_pipeline.schema import DataConfig
 from data_pipeline.statistics import bigram_entropy
 from ray_jobs.config import RunConfig
 from ray_jobs.construction import with_needed_parts
-from ray_jobs.worker import by_step, to_batch
+from ray_jobs.slots import by_step, to_batch
 
 CPU = torch.device("cpu")
 STEPS = {"text": 250, "code": 250, "image": 150, "audio": 250, "video": 150}

@@ -18,7 +18,7 @@ from mlflow.tracking import MlflowClient
 from PIL import Image
 
 from arbitor.audio_codec import HOP
-from arbitor.checkpoint import MANIFEST, load_checkpoint, newest_checkpoint
+from arbitor.checkpoint import CHECKPOINTS, MANIFEST, load_checkpoint, newest_checkpoint
 from arbitor.errors import UserError
 from arbitor.main import ARBModel
 from arbitor.settings import build, write_yaml
@@ -28,7 +28,7 @@ from ray_jobs.config import Resume, RunConfig
 from ray_jobs.construction import with_needed_parts
 from ray_jobs.journal import JournalReader
 from ray_jobs.run import run
-from ray_jobs.worker import CHECKPOINTS, open_run_data
+from ray_jobs.worker import open_run_data
 from tests.data_pipeline.shards import numbered_rows, write_jsonl
 
 STEPS = 20

@@ -5,7 +5,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 from mlflow.tracking import MlflowClient
@@ -37,23 +39,56 @@ def serve(folder, port):
     )
 
 
-def test_a_server_that_is_away_misses_nothing(tmp_path, free_port, capsys, monkeypatch):
-    monkeypatch.setattr(tracking, "_POLL_SECONDS", 0.2)
-    monkeypatch.setattr(tracking, "_PATIENCE", 0.5)
+def make_config(folder, port):
     config = build(
         RunConfig,
         {
             "name": "run",
-            "storage": str(tmp_path),
-            "tracking": {"uri": f"http://127.0.0.1:{free_port}"},
+            "storage": str(folder),
+            "tracking": {"uri": f"http://127.0.0.1:{port}"},
             "data": {"sources": {"text": {"path": "sample://text"}}},
         },
     )
     config.folder.mkdir()
+    return config
+
+
+def test_a_wrong_token_is_told_and_fails_no_run(tmp_path, free_port, capsys, monkeypatch):
+    monkeypatch.setattr(tracking, "_POLL_SECONDS", 0.2)
+    monkeypatch.setattr(tracking, "_STOP_PATIENCE", 0.5)
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "secret-7")
+
+    class Refusing(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_error(401)
+
+        def log_message(self, *_):
+            pass
+
+    config = make_config(tmp_path, free_port)
+    journal = Journal(config.folder)
+    journal.append(1, {"loss/total": 4.0})
+    journal.close()
+    with HTTPServer(("127.0.0.1", free_port), Refusing) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        Tracker(config).finish("KILLED")
+        server.shutdown()
+        thread.join()
+    error = capsys.readouterr().err
+    assert "401" in error and "the same command again sends them" in error
+    assert "secret-7" not in error
+
+
+def test_a_server_that_is_away_misses_nothing(tmp_path, free_port, capsys, monkeypatch):
+    monkeypatch.setattr(tracking, "_POLL_SECONDS", 0.2)
+    monkeypatch.setattr(tracking, "_PATIENCE", 0.5)
+    monkeypatch.setattr(tracking, "_TOLD_AFTER", 0.0)
+    config = make_config(tmp_path, free_port)
     journal = Journal(config.folder)
     journal.append(1, {"loss/total": 4.0})
     Tracker(config).finish("FAILED")  # the server stays away: told, nothing lost
-    assert "did not take the metrics" in capsys.readouterr().err
+    assert "the same command again sends them" in capsys.readouterr().err
     assert read_note(config) == {}
 
     tracker = Tracker(config)
@@ -75,7 +110,8 @@ def test_a_server_that_is_away_misses_nothing(tmp_path, free_port, capsys, monke
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
         journal.close()
-    assert capsys.readouterr().err == ""
+    (told,) = capsys.readouterr().err.splitlines()
+    assert "does not take the metrics" in told and "training goes on" in told
     assert [(point.step, point.value) for point in points] == [(1, 4.0), (2, 3.0), (3, 2.0)]
     assert run.info.status == "FINISHED" == note["status"]
     assert run.data.params["seed"] == "0"

@@ -1,0 +1,112 @@
+"""A worker of a real run is killed again and again: seconds from the SIGKILL to the next step.
+
+    python -m benchmarks.restart --out benchmarks/results/FILE.json
+
+The run is configs/smoke.yaml with more steps: five modalities, a checkpoint every 10 steps. Each
+kill comes at a random instant after the workers' first steps; the next step is the one that the
+journal notes when the workers started again have done their first.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import tempfile
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from statistics import quantiles
+from typing import Any
+
+import ray
+
+from benchmarks.timing import environment
+from ray_jobs.config import load_run_config
+from ray_jobs.heartbeat import FOLDER, TRAINING
+from ray_jobs.journal import JournalReader, Note
+from ray_jobs.recorder import TRAINING_AGAIN
+from ray_jobs.run import run
+from ray_jobs.smoke import CONFIG
+from ray_jobs.stop import StoppedError
+
+LONGEST_LIFE_S = 3.0  # after the first steps
+POLL_S = 0.01
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    load = os.getloadavg()
+    with tempfile.TemporaryDirectory() as storage:
+        seconds = kill_often(Path(storage), options.kills, random.Random(options.seed))
+    cuts = quantiles(seconds, n=20, method="inclusive")
+    record = {
+        "command": f"python -m benchmarks.restart --kills {options.kills} --seed {options.seed}",
+        "environment": environment() | {"ray": ray.__version__, "cpus": os.cpu_count()},
+        "load_average": {"before": load, "after": os.getloadavg()},
+        "p50_s": round(cuts[9], 2),
+        "p95_s": round(cuts[18], 2),
+        "seconds": [round(s, 2) for s in seconds],
+    }
+    print(json.dumps(record, indent=1))
+    if options.out:
+        options.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def kill_often(storage: Path, kills: int, rng: random.Random) -> list[float]:
+    """Starts the run, kills its worker so often, stops the run; the seconds of each restart."""
+    arguments = [str(CONFIG), f"storage={storage}", "--run", "restart", "--steps", "1000000"]
+    config = load_run_config("pretrain", [*arguments, "--save-interval", "10"], {}, __doc__)
+    killer = Killer(config.folder, kills, rng)
+    killer.start()
+    with suppress(StoppedError):
+        run(config)
+    killer.join()
+    return killer.seconds
+
+
+class Killer(threading.Thread):
+    """Kills the run's worker 0; stops the run by SIGTERM to this process when it is done."""
+
+    def __init__(self, folder: Path, kills: int, rng: random.Random):
+        super().__init__(daemon=True)
+        self._folder, self._kills, self._rng = folder, kills, rng
+        self._notes = JournalReader(folder)
+        self.seconds: list[float] = []
+
+    def run(self) -> None:
+        token = 0
+        for number in range(self._kills):
+            beat = self._await_training(token)
+            token = beat["token"]
+            time.sleep(self._rng.uniform(0, LONGEST_LIFE_S))
+            killed = time.time()
+            os.kill(beat["process"]["pid"], signal.SIGKILL)
+            self.seconds.append(self._await_note() - killed)
+            print(f"kill {number + 1}: {self.seconds[-1]:.2f} s", flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def _await_training(self, after_token: int) -> dict[str, Any]:
+        path = self._folder / FOLDER / "0.json"
+        while True:
+            beat = json.loads(path.read_text()) if path.exists() else {"token": 0}
+            if beat["token"] > after_token and beat["phase"] == TRAINING:
+                return beat
+            time.sleep(POLL_S)
+
+    def _await_note(self) -> float:
+        """When the workers had done their first step."""
+        while True:
+            for line in self._notes.read_lines():
+                if isinstance(line, Note) and line.note.startswith(TRAINING_AGAIN):
+                    return line.time
+            time.sleep(POLL_S)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Signs of life of a run's workers: each writes `heartbeats/<rank>.json`, the driver reads them.
+
+A worker whose file stays as it is for `SILENCE_S` is stopped or cut off; one that beats but makes
+no step for `recovery.step_timeout_s` hangs, unless it is in a phase that may take its time. Both
+are killed, so that Ray starts the workers again.
+"""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.placement_group import get_current_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from ray_jobs.processes import describe, is_running, replace_text, this_process
+
+FOLDER = "heartbeats"  # in a run's folder
+TRAINING = "training"  # the phase in which steps must come
+BEAT_S = 1.0
+SILENCE_S = 20.0  # and a second or two to look, to kill and to be told: noticed within 30 s
+_KILL_S = 10.0  # for the order to arrive
+
+
+class Heartbeat:
+    """A worker's own; a thread writes it while the worker computes."""
+
+    def __init__(self, folder: Path, rank: int, token: int):
+        self._path = folder / FOLDER / f"{rank}.json"
+        self._path.parent.mkdir(exist_ok=True)
+        self._values = {
+            "token": token,
+            "process": this_process(),
+            "node": ray.get_runtime_context().get_node_id(),
+            "placement_group": get_current_placement_group().id.hex(),
+        }
+        self._step, self._phase = -1, "starting"
+        self._ended = threading.Event()
+        self._write()
+        self._thread = threading.Thread(target=self._work, name="heartbeat", daemon=True)
+        self._thread.start()
+
+    def step(self, step: int) -> None:
+        """Step `step` is done."""
+        self._phase = TRAINING if self._step >= 0 else "first steps"  # which compile and record
+        self._step = step
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Until it ends no step is expected."""
+        before, self._phase = self._phase, name
+        try:
+            yield
+        finally:
+            self._phase = before
+
+    def close(self) -> None:
+        self._ended.set()
+        self._thread.join()
+        self._phase = "ended"
+        self._write()
+
+    def _work(self) -> None:
+        while not self._ended.wait(BEAT_S):
+            self._write()
+
+    def _write(self) -> None:
+        values = self._values | {"step": self._step, "phase": self._phase, "time": time.time()}
+        replace_text(self._path, json.dumps(values) + "\n")
+
+
+def newest_beats(folder: Path) -> list[dict[str, Any]]:
+    """Of the workers that were started last in the run `folder`."""
+    beats = [json.loads(path.read_text()) for path in (folder / FOLDER).glob("*.json")]
+    newest = max((beat["token"] for beat in beats), default=0)
+    return [beat for beat in beats if beat["token"] == newest]
+
+
+@dataclass
+class _Seen:
+    """What is known of a worker's heartbeat, by the clock of the one who looks."""
+
+    time: float  # by the worker's clock
+    changed: float
+    progress: tuple[int, str]
+    progressed: float
+    killed: bool = False
+
+
+class Watch:
+    """A thread of the driver that looks after the workers of the newest group until `close`."""
+
+    def __init__(self, folder: Path, step_timeout_s: float):
+        self._folder, self._step_timeout_s = folder / FOLDER, step_timeout_s
+        self._seen: dict[tuple[int, int], _Seen] = {}
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="watch", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _work(self) -> None:
+        while not self._ended.wait(BEAT_S):
+            for beat in newest_beats(self._folder.parent):
+                if beat["phase"] != "ended":
+                    self._look(beat)
+
+    def _look(self, beat: dict[str, Any]) -> None:
+        now, progress = time.monotonic(), (beat["step"], beat["phase"])
+        key = (beat["token"], beat["process"]["pid"])
+        seen = self._seen.setdefault(key, _Seen(beat["time"], now, progress, now))
+        if seen.time != beat["time"]:
+            seen.time, seen.changed = beat["time"], now
+        if seen.progress != progress:
+            seen.progress, seen.progressed = progress, now
+        silent, stuck = now - seen.changed, now - seen.progressed
+        if seen.killed:
+            return
+        if silent > SILENCE_S:
+            self._kill(beat, seen, f"no sign of life for {silent:.0f} s")
+        elif beat["phase"] == TRAINING and stuck > self._step_timeout_s:
+            self._kill(
+                beat,
+                seen,
+                f"no step after step {beat['step'] + 1} for {stuck:.0f} s"
+                f" (recovery.step_timeout_s={self._step_timeout_s:g})",
+            )
+
+    def _kill(self, beat: dict[str, Any], seen: _Seen, why: str) -> None:
+        """On the worker's own node, whichever that is."""
+        seen.killed = True
+        here = NodeAffinitySchedulingStrategy(beat["node"], soft=False)
+        try:
+            killing = kill_process.options(scheduling_strategy=here).remote(beat["process"])
+            killed = ray.get(killing, timeout=_KILL_S)
+        except ray.exceptions.RayError:  # its node is gone, and it with it
+            return
+        if killed:
+            print(f"{describe(beat['process'])}: {why}; killed, the workers start again")
+
+
+@ray.remote(num_cpus=0)
+def kill_process(process: dict[str, Any]) -> bool:
+    """False where it had ended before."""
+    if not is_running(process):
+        return False
+    os.kill(process["pid"], signal.SIGKILL)
+    return True

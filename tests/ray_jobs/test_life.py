@@ -1,0 +1,420 @@
+"""The life of a run: what dies, stops or hangs on the way changes nothing of what comes out."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from arbitor.checkpoint import CHECKPOINTS, MANIFEST, load_checkpoint, newest_checkpoint
+from arbitor.errors import UserError
+from arbitor.owners import SupersededError, add_owner, read_owners
+from arbitor.settings import build
+from ray_jobs import heartbeat, lease
+from ray_jobs.attempts import Failures, RunFailedError, is_passing
+from ray_jobs.config import RunConfig
+from ray_jobs.group import WORKERS, Group
+from ray_jobs.journal import CHANGED, SAVE_S, Journal, JournalReader, ReplayError
+from ray_jobs.lease import Lease, refuse_if_in_use
+from ray_jobs.processes import is_running, replace_text, this_process
+from ray_jobs.run import exit_with_message, run
+from ray_jobs.stop import StoppedError, warn_of_short_grace
+
+STEPS = 200
+VALUES = {
+    "steps": STEPS,
+    "log_interval": 50,
+    "eval_interval": 0,
+    "save_interval": 20,
+    "model": {"width": 64, "num_layers": 1, "head_width": 32, "rotary_width": 16},
+    "update": {"warmup_steps": 5},
+    "data": {
+        "batch_size": 2,
+        "sequence_length": 64,
+        "slots_per_step": 4,
+        "sources": {"text": {"path": "sample://text"}},
+    },
+    "scaling": {"threads_per_worker": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+def make_config(storage, name, **values):
+    return build(RunConfig, VALUES | {"name": name, "storage": str(storage)} | values)
+
+
+def records(config):
+    return list(JournalReader(config.folder).read())
+
+
+def own_processes(title):
+    """Processes of this test run's Ray by what Ray calls them."""
+    parents, titles = {}, {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            titles[int(folder.name)] = (folder / "cmdline").read_text()
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        parents[int(folder.name)] = int(fields[1])
+
+    def is_ours(pid):
+        while pid in parents and pid != os.getpid():
+            pid = parents[pid]
+        return pid == os.getpid()
+
+    return [pid for pid, name in titles.items() if title in name and is_ours(pid)]
+
+
+class Trouble(threading.Thread):
+    """Does one thing after the other to a run, each once workers have made steps since the last."""
+
+    def __init__(self, config, *acts, since=0):
+        super().__init__(daemon=True)
+        self._beat = config.folder / heartbeat.FOLDER / "0.json"
+        self._acts, self._since = acts, since
+        self.start()
+
+    def run(self):
+        token = self._since
+        for act in self._acts:
+            beat = self._await_steps(token)
+            token = beat["token"]
+            act(beat)
+
+    def _await_steps(self, token):
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            beat = json.loads(self._beat.read_text()) if self._beat.exists() else {"token": 0}
+            if beat["token"] > token and beat["phase"] == heartbeat.TRAINING:
+                return beat
+            time.sleep(0.02)
+        raise TimeoutError("the workers did not start again")
+
+
+def kill_worker(beat):
+    os.kill(beat["process"]["pid"], signal.SIGKILL)
+
+
+def freeze_worker(beat):
+    os.kill(beat["process"]["pid"], signal.SIGSTOP)
+
+
+def kill_controller(beat):
+    (pid,) = own_processes("ray::TrainController")
+    os.kill(pid, signal.SIGKILL)
+
+
+def stop_run(beat):
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture(scope="module")
+def unbroken(ray_head, storage):
+    config = make_config(storage, "unbroken")
+    run(config)
+    return config
+
+
+def test_what_dies_or_hangs_changes_nothing(unbroken, storage, capsys, monkeypatch):
+    """A worker killed, a worker frozen, the controller killed, a stop signal; then it goes on."""
+    monkeypatch.setattr(heartbeat, "SILENCE_S", 3.0)
+    config = make_config(storage, "broken")
+    trouble = Trouble(config, kill_worker, freeze_worker, kill_controller, stop_run)
+    with pytest.raises(StoppedError) as stopped:
+        run(config)
+    trouble.join()
+    assert stopped.value.exit_code == 128 + signal.SIGTERM
+    output = capsys.readouterr().out
+    assert "no sign of life for" in output and "killed, the workers start again" in output
+    assert "Ray Train's controller has died" in output
+    done = records(config)[-1].step
+    assert 0 < done < STEPS
+    assert newest_checkpoint(config.folder / CHECKPOINTS).name == f"step-{done:08d}"
+    note = json.loads((config.folder / "mlflow.json").read_text())
+    client = MlflowClient(note["tracking_uri"])
+    assert client.get_run(note["run_id"]).info.status == "KILLED"
+
+    run(config)
+    assert f"resuming after step {done}\n" in capsys.readouterr().out
+    assert [record.step for record in records(config)] == list(range(1, STEPS + 1))
+    assert records(config)[-1].metrics["run/restarts"] == 4
+    assert client.get_run(note["run_id"]).info.status == "FINISHED"
+    tensors, expected = (
+        load_checkpoint(newest_checkpoint(c.folder / CHECKPOINTS))[1] for c in (config, unbroken)
+    )
+    assert all(tensors[name].equal(expected[name]) for name in expected)
+    causes = (config.folder / "failures.jsonl").read_text().splitlines()
+    assert len(causes) == 3 and all("died" in json.loads(cause)["cause"] for cause in causes)
+    names = [path.name for path in (config.folder / "ray").iterdir() if path.is_dir()]
+    assert len(names) == len(set(names)) == 3  # the controller's death, and the second command
+
+
+def test_a_stop_asked_of_two_workers_ends_both_after_the_same_step(ray_head, storage):
+    config = make_config(storage, "both", scaling={"threads_per_worker": 1, "num_workers": 2})
+    Trouble(config, stop_run)
+    with pytest.raises(StoppedError, match=r"SIGTERM after step \d+"):
+        run(config)
+    newest = newest_checkpoint(config.folder / CHECKPOINTS)
+    assert newest.name == f"step-{records(config)[-1].step:08d}"
+
+
+def test_a_driver_that_was_killed_leaves_a_run_that_goes_on(ray_head, storage, tmp_path, capsys):
+    """Meanwhile a second driver of the run is refused."""
+    config = make_config(storage, "driverless")
+    arguments = tmp_path / "driverless.yaml"
+    arguments.write_text(json.dumps(VALUES))
+    import ray
+
+    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    command = [sys.executable, "-m", "ray_jobs.text", str(arguments), f"storage={storage}"]
+    driver = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+
+    def refuse_and_kill(beat):
+        with pytest.raises(UserError, match=f"in use by process {driver.pid} on"):
+            run(config)
+        driver.kill()
+
+    trouble = Trouble(config, refuse_and_kill)
+    assert driver.wait(timeout=120) == -signal.SIGKILL
+    trouble.join()
+    run(config)
+    output = capsys.readouterr().out
+    assert f"taking over from process {driver.pid}" in output and "resuming after step" in output
+    assert [record.step for record in records(config)] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.slow
+def test_ctrl_c_then_a_kill_then_the_end_with_a_ray_of_its_own(storage, tmp_path):
+    """Ctrl-C reaches the whole process group; a killed driver takes its Ray with it."""
+    config = make_config(storage, "alone")
+    arguments = tmp_path / "alone.yaml"
+    arguments.write_text(json.dumps(VALUES))
+    command = [sys.executable, "-m", "ray_jobs.text", str(arguments), f"storage={storage}"]
+
+    def until(act):
+        driver = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE)
+        trouble = Trouble(config, lambda beat: act(driver.pid), since=last_token(config))
+        _, error = driver.communicate(timeout=180)
+        trouble.join()
+        return driver.returncode, error.decode()
+
+    def interrupt_twice(pid):
+        os.killpg(pid, signal.SIGINT)
+        os.killpg(pid, signal.SIGINT)
+
+    code, error = until(lambda pid: os.killpg(pid, signal.SIGINT))
+    assert code == 130 and "SIGINT after step" in error and "the same command goes on" in error
+    code, error = until(interrupt_twice)
+    assert code == 130 and "second signal: ending at once" in error
+    code, _ = until(lambda pid: os.kill(pid, signal.SIGKILL))
+    assert code == -signal.SIGKILL
+    (beat,) = heartbeat.newest_beats(config.folder)
+    deadline = time.monotonic() + 30
+    while is_running(beat["process"]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not is_running(beat["process"])
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    assert "taking over from process" in done.stdout
+    assert [record.step for record in records(config)] == list(range(1, STEPS + 1))
+
+
+def last_token(config):
+    beats = heartbeat.newest_beats(config.folder)
+    return beats[0]["token"] if beats else 0
+
+
+def test_an_error_that_would_come_again_ends_the_run_at_once(unbroken, storage, capsys):
+    """A step that is done again does not repeat its record, which was changed."""
+    config = replace(unbroken, recovery=replace(unbroken.recovery, max_failures=9))
+    run(config)
+    assert "is finished" in capsys.readouterr().out  # other settings of recovery, the same run
+    (newest_checkpoint(config.folder / CHECKPOINTS) / MANIFEST).unlink()
+    path = config.folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        if line.get("step") == STEPS - 3:
+            line["metrics"]["loss/total"] += 1e-6
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(SystemExit) as ended:
+        exit_with_message(lambda: run(config))
+    assert ended.value.code == 1
+    message = capsys.readouterr().err
+    assert f"run failed: ReplayError: step {STEPS - 3} does not repeat what is recorded" in message
+    (failure,) = (config.folder / "failures.jsonl").read_text().splitlines()
+    assert "in append" in json.loads(failure)["trace"]
+
+
+def test_failures_without_progress_end_the_run_and_others_do_not(tmp_path):
+    failures, journal = Failures(tmp_path, limit=2), Journal(tmp_path)
+    for step in range(1, 6):
+        journal.append(step, {})
+        failures.add(RuntimeError("a worker was lost"))
+    failures.add(RuntimeError("a worker was lost"))
+    with pytest.raises(RunFailedError, match="3 failures in a row and no step after step 5"):
+        failures.add(RuntimeError("a worker was lost"))
+    journal.close()
+
+
+def test_which_errors_are_tried_again():
+    assert is_passing(RuntimeError("Connection closed by peer"))
+    assert is_passing(ConnectionResetError())
+    for error in (UserError("x"), FloatingPointError("x"), OSError(28, "x"), KeyError("x")):
+        assert not is_passing(error)
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    """A run folder held by a process of another host, and its heartbeat."""
+    holder = this_process() | {"host": "far", "place": "another boot", "pid": 7}
+    add_owner(tmp_path, None, "driver", 0, holder)
+
+    def beat(seconds_ago):
+        values = {"holder": holder, "time": time.time() - seconds_ago, "ended": False}
+        (tmp_path / lease.NAME).write_text(json.dumps(values))
+
+    return tmp_path, beat
+
+
+def test_a_holder_on_another_host_is_believed_for_30_seconds(elsewhere, capsys):
+    folder, beat = elsewhere
+    beat(seconds_ago=25)
+    with pytest.raises(UserError, match="in use by process 7 on far, heard of 25 s ago"):
+        Lease(folder, 0)
+    beat(seconds_ago=31)
+    held = Lease(folder, 0)
+    assert "taking over from process 7 on far, not heard of for more" in capsys.readouterr().out
+    with pytest.raises(UserError, match=f"in use by process {os.getpid()} on"):
+        refuse_if_in_use(folder)
+    held.release()
+    assert refuse_if_in_use(folder) == ""
+    assert [owner.token for owner in read_owners(folder)] == [1, 2]
+
+
+def test_a_process_that_lost_its_lease_ends(tmp_path):
+    """It was stopped for a while; another one has the run since."""
+    program = (
+        "import sys, time; from pathlib import Path; from ray_jobs import lease;"
+        "lease.BEAT_S = 0.2; lease.Lease(Path(sys.argv[1]), 0); time.sleep(60)"
+    )
+    sleeper = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)])
+    deadline = time.monotonic() + 60
+    while not (tmp_path / lease.NAME).exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    (before,) = read_owners(tmp_path)
+    assert is_running(before.holder)
+    add_owner(tmp_path, before, "driver", 0, this_process())
+    assert sleeper.wait(timeout=30) == 1
+
+
+def test_of_two_next_owners_one_wins_and_the_older_workers_end(tmp_path):
+    holder = this_process()
+    driver = add_owner(tmp_path, None, "driver", 0, holder)
+    first = add_owner(tmp_path, driver, WORKERS, 0, holder)
+    with pytest.raises(SupersededError):
+        add_owner(tmp_path, driver, WORKERS, 0, holder)
+    group = Group(tmp_path, first.token, None, 0)
+    group.check()
+    add_owner(tmp_path, first, WORKERS, 0, holder)
+    with pytest.raises(SupersededError, match="other workers"):
+        group.check()
+
+
+def test_a_worker_without_steps_is_killed_but_not_while_it_saves(ray_head, tmp_path, capsys):
+    import ray
+
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"])
+    process = this_process() | {"pid": sleeper.pid}
+    process["started"] = heartbeat_start(sleeper.pid)
+    beat = {"token": 1, "process": process, "node": ray.get_runtime_context().get_node_id()}
+    beat |= {"step": 4, "phase": "save"}
+
+    def write(**values):
+        replace_text(path, json.dumps(beat | {"time": time.time()} | values))
+
+    path = tmp_path / heartbeat.FOLDER / "0.json"
+    path.parent.mkdir()
+    write()
+    watch = heartbeat.Watch(tmp_path, step_timeout_s=0.5)
+    with pytest.raises(subprocess.TimeoutExpired):
+        sleeper.wait(timeout=3)
+    write(phase=heartbeat.TRAINING)
+    assert sleeper.wait(timeout=30) == -signal.SIGKILL
+    watch.close()
+    assert "no step after step 5 for" in capsys.readouterr().out
+
+
+def heartbeat_start(pid):
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    with pytest.raises(UserError, match="/proc/none/run: /proc/none: No such file"):
+        run(make_config("/proc/none", "run"))
+    config = make_config(tmp_path, "run")
+    config.folder.mkdir()
+    config.folder.chmod(0o555)
+    with as_nobody(), pytest.raises(UserError, match="run: .*(not be written|Permission denied)"):
+        run(config)
+
+
+class as_nobody:  # noqa: N801  (reads as a clause)
+    """Root may write everywhere."""
+
+    def __enter__(self):
+        self._uid = os.geteuid()
+        if self._uid == 0:
+            os.seteuid(65534)
+
+    def __exit__(self, *exception):
+        if self._uid == 0:
+            os.seteuid(0)
+
+
+def test_the_start_warns_of_a_grace_that_is_too_short(tmp_path, monkeypatch, capsys):
+    warn_of_short_grace(tmp_path)
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    warn_of_short_grace(tmp_path)
+    assert capsys.readouterr().out.startswith("`ray job stop` will kill this job after 3 s")
+    monkeypatch.setenv("RAY_JOB_STOP_WAIT_TIME_S", "60")
+    warn_of_short_grace(tmp_path)
+    journal = Journal(tmp_path)
+    for step in (1, 2, 3):
+        journal.append(step, {SAVE_S: 59.99})
+        time.sleep(0.02)
+    journal.close()
+    assert capsys.readouterr().out == ""
+    warn_of_short_grace(tmp_path)
+    assert "after 60 s; a step and a checkpoint may take 60.0 s" in capsys.readouterr().out
+
+
+def test_a_replayed_step_is_compared_but_for_what_a_note_excepts(tmp_path):
+    journal = Journal(tmp_path)
+    for step in (1, 2):
+        journal.append(step, {"loss/total": 2.0, "throughput/x": 1.0})
+    journal.close()
+    again = Journal(tmp_path, start=1)
+    again.append(2, {"loss/total": 2.0, "throughput/x": 3.0, "validation/text": 1.0})
+    again.append(3, {"loss/total": 2.0})
+    again.close()
+    other = Journal(tmp_path, start=1)
+    with pytest.raises(ReplayError, match=r"step 2 .* \(loss/total 2.0 -> 2.5\)"):
+        other.append(2, {"loss/total": 2.5})
+    other.note(f"{CHANGED} with other data")
+    other.close()
+    with closing(Journal(tmp_path, start=1)) as excepted:
+        excepted.append(2, {"loss/total": 2.5})
+    assert [record.step for record in JournalReader(tmp_path).read()] == [1, 2, 3]
