@@ -1,15 +1,25 @@
 """Fixtures that several packages' tests share."""
 
 import os
+from pathlib import Path
 
 import pytest
-import torch
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # `make test` runs two processes of tests
+
+import torch  # noqa: E402  reads the variable
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any module imports triton
 
 
+RAY_TESTS = Path(__file__).parent / "ray_jobs"
+
+
 def pytest_collection_modifyitems(items):
+    for item in items:  # jobs of several processes each: one of them at a time
+        if "ray_head" in item.fixturenames or item.path.is_relative_to(RAY_TESTS):
+            item.add_marker(pytest.mark.xdist_group("ray"))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
