@@ -5,6 +5,8 @@ at 0, data and seed are the new run's own. Which checkpoint it was stays in the 
 so that a restart before its first own checkpoint begins with the same one.
 """
 
+import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +24,9 @@ from arbitor.errors import UserError
 from arbitor.main import ARBModel
 from ray_jobs.config import CONFIG, RunConfig, read_run_config
 
-_NAMED = 5  # tensors in a message
+_NAMED = 8  # tensors in a message
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 def with_pinned_weights(config: RunConfig) -> RunConfig:
@@ -56,16 +60,24 @@ def _check_fit(config: RunConfig, checkpoint: Path) -> None:
         model = ARBModel(config.model, config.seed, config.update)
     needed = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = tensor_shapes(checkpoint)
-    faults = [f"{name} is missing" for name in sorted(needed.keys() - found.keys())]
-    faults += [f"{name} has no place" for name in sorted(found.keys() - needed.keys())]
-    faults += [
-        f"{name} is {list(found[name])} instead of {list(needed[name])}"
-        for name in sorted(needed.keys() & found.keys())
-        if needed[name] != found[name]
-    ]
-    if faults:
-        more = f" and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
+    differ = [name for name in needed | found if needed.get(name) != found.get(name)]
+    if differ:
+        # Of each part its largest tensor: the others follow from it.
+        sizes = {name: math.prod(needed.get(name) or found[name]) for name in differ}
+        largest: dict[str, str] = {}
+        for name in sorted(differ, key=lambda name: (sizes[name], name.endswith(".latent"))):
+            largest[name.rpartition(".")[0]] = name
+        named = [_difference(name, needed, found) for name in sorted(largest.values())]
+        more = f" and {len(named) - _NAMED} more parts" if len(named) > _NAMED else ""
         raise UserError(
             f"init_from: {checkpoint} does not fit the model of this run"
-            f" ({'; '.join(faults[:_NAMED])}{more}); make model and update those of its config"
+            f" ({'; '.join(named[:_NAMED])}{more}); make model and update those of its config"
         )
+
+
+def _difference(name: str, needed: Shapes, found: Shapes) -> str:
+    if name not in found:
+        return f"{name} is missing"
+    if name not in needed:
+        return f"{name} has no place"
+    return f"{name} is {list(found[name])} instead of {list(needed[name])}"
