@@ -8,7 +8,7 @@ smoke: .venv/ready
 	$(BIN)/python -m ray_jobs.smoke
 
 test: .venv/ready
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # About an hour on two cores: processes of a run are killed 200 times; it must end as if none was.
 chaos: .venv/ready

@@ -1,7 +1,6 @@
 """Fixtures that several packages' tests share."""
 
 import os
-from pathlib import Path
 
 import pytest
 
@@ -13,13 +12,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any module imports triton
 
 
-RAY_TESTS = Path(__file__).parent / "ray_jobs"
-
-
 def pytest_collection_modifyitems(items):
-    for item in items:  # jobs of several processes each: one of them at a time
-        if "ray_head" in item.fixturenames or item.path.is_relative_to(RAY_TESTS):
-            item.add_marker(pytest.mark.xdist_group("ray"))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

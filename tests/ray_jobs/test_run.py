@@ -115,6 +115,7 @@ def test_one_and_two_workers_end_with_the_same_bits(one_worker, two_workers):
     assert all(one[name] != start[name] for name in one if name.endswith(".latent"))
 
 
+@pytest.mark.slow
 def test_the_same_run_again_ends_with_the_same_bits_profiled_or_not(one_worker, storage, capsys):
     again = make_config(storage, "again", profile=True)
     run(again)
