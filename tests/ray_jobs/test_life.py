@@ -128,6 +128,7 @@ def unbroken(ray_head, storage):
     return config
 
 
+@pytest.mark.slow
 def test_what_dies_or_hangs_changes_nothing(unbroken, storage, capsys, monkeypatch):
     """A worker killed, a worker frozen, the controller killed, a stop signal; then it goes on."""
     monkeypatch.setattr(heartbeat, "SILENCE_S", 3.0)
@@ -163,6 +164,7 @@ def test_what_dies_or_hangs_changes_nothing(unbroken, storage, capsys, monkeypat
     assert len(names) == len(set(names)) == 3  # the controller's death, and the second command
 
 
+@pytest.mark.slow
 def test_a_stop_asked_of_two_workers_ends_both_after_the_same_step(ray_head, storage):
     config = make_config(storage, "both", scaling={"threads_per_worker": 1, "num_workers": 2})
     Trouble(config, stop_run)
@@ -172,6 +174,7 @@ def test_a_stop_asked_of_two_workers_ends_both_after_the_same_step(ray_head, sto
     assert newest.name == f"step-{records(config)[-1].step:08d}"
 
 
+@pytest.mark.slow
 def test_a_driver_that_was_killed_leaves_a_run_that_goes_on(ray_head, storage, tmp_path, capsys):
     """Meanwhile a second driver of the run is refused."""
     config = make_config(storage, "driverless")
