@@ -97,8 +97,7 @@ class ModelConfig:
             )
         if self.codebook_size > MAX_CODES:
             raise UserError(
-                f"model.codebook_size: the search is exact and takes at most {MAX_CODES} codes,"
-                f" got {self.codebook_size}"
+                f"model.codebook_size: expected at most {MAX_CODES}, got {self.codebook_size}"
             )
         if self.rotary_width % 2 or self.rotary_width >= self.head_width:
             raise UserError(

@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from arbitor.code_search import nearest_codes
 from arbitor.kernel.latent_update.fixed_point import counter_hash, element_index
 from arbitor.kernel.ternary_scale import TernaryEmbedding, TernaryLinear
 from arbitor.step_counts import StepCounts
 
 CODE_WIDTH = 64
-MAX_CODES = 65_536  # of an exact search
+MAX_CODES = 1 << 20
 START_GAIN = 1 / 8  # codes mean little at first: they start as a whisper, the scale is learned
 CODEBOOK_WEIGHT = 0.1  # pulls codes to the positions that chose them
 # Pulls positions to their code; more than a little draws all to a few codes.
@@ -25,7 +26,6 @@ IDLE_CHOICES = 16
 IDLE_STEPS = 8
 SPLIT_SHARE = 16  # at most 1/16 of the codes are replaced in a step
 SPLIT_NOISE = 31  # latents of a split code move by at most so much: small trits flip
-_SEARCH_ELEMENTS = 1 << 24  # scores that exist at a time
 
 
 class VQBridge(StepCounts):
@@ -100,16 +100,3 @@ class VQBridge(StepCounts):
 def normalize(x: Tensor) -> Tensor:
     """float32 x / rms(x) along the last axis; zeros stay zeros."""
     return F.rms_norm(x.float(), x.shape[-1:], eps=1e-6)
-
-
-def nearest_codes(searched_MC: Tensor, codebook_VC: Tensor) -> Tensor:
-    """int64 [M]: the row of the largest cosine with each position, the first among equal ones."""
-    num_codes = codebook_VC.shape[0]
-    unit_VC = F.normalize(codebook_VC.float(), dim=-1)
-    size = max(1, min(num_codes, _SEARCH_ELEMENTS // searched_MC.shape[0]))
-    best_M, code_M = (searched_MC @ unit_VC[:size].T).max(dim=-1)
-    for start in range(size, num_codes, size):
-        score_M, index_M = (searched_MC @ unit_VC[start : start + size].T).max(dim=-1)
-        code_M = torch.where(score_M > best_M, index_M + start, code_M)
-        best_M = torch.maximum(score_M, best_M)
-    return code_M
