@@ -29,6 +29,10 @@ _FORWARD_BLOCKS = (32, 128, 8)
 _BACKWARD_BLOCKS = (32, 128, 4)
 _GATED_FORWARD_BLOCKS = (32, 128, 8)
 _GATED_BACKWARD_BLOCKS = (16, 256, 4)
+# Generation: a position a program, so that few positions fill more than one processor, and a step
+# as wide as a row, for each step waits for memory.
+_FEW_POSITIONS = 512
+_WIDEST_STEP = 4096
 _CODES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 
 
@@ -48,7 +52,7 @@ def rms_norm_quantize(
     codes_KM = torch.empty(K, M, dtype=dtype, device=device) if for_backward else codes_MK
     scale_M = torch.empty(M, dtype=torch.float32, device=device)
     inverse_rms_M = torch.empty_like(scale_M)
-    block_m, block_k, num_warps = _GATED_FORWARD_BLOCKS if gated else _FORWARD_BLOCKS
+    block_m, block_k, num_warps = _forward_blocks(M, K, for_backward, gated)
     rms_norm_forward_kernel[(triton.cdiv(M, block_m),)](
         x_MX,
         codes_MK.view(torch.int8),
@@ -69,6 +73,13 @@ def rms_norm_quantize(
     scale_M1 = scale_M.unsqueeze(1)
     saved = Quantized(codes_KM.T, scale_M1) if for_backward else None
     return Quantized(codes_MK, scale_M1), saved, inverse_rms_M
+
+
+def _forward_blocks(M: int, K: int, for_backward: bool, gated: bool) -> tuple[int, int, int]:
+    if for_backward or M > _FEW_POSITIONS:
+        return _GATED_FORWARD_BLOCKS if gated else _FORWARD_BLOCKS
+    block_k = min(_WIDEST_STEP, max(128, triton.next_power_of_2(K)))
+    return 1, block_k, max(1, block_k // 512)
 
 
 def rms_norm_backward_x(
