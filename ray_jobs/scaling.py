@@ -16,5 +16,6 @@ def ray_scaling(scaling: Scaling) -> ScalingConfig:
     return ScalingConfig(
         num_workers=workers if isinstance(workers, int) else (workers[0], workers[1]),
         use_gpu=scaling.use_gpu,
+        # pyrefly: ignore[unexpected-keyword]  the class that Ray takes at import is another
         elastic_resize_monitor_interval_s=RESIZE_INTERVAL_S,
     )
