@@ -43,7 +43,7 @@ def find_files(key: str, place: str) -> list[FoundFile]:
     configuration key `key` where nothing is left.
     """
     try:
-        filesystem, path = _resolve(place)
+        filesystem, path = resolve_place(place)
         info = retried(place, lambda: filesystem.get_file_info(path))
         if info.type == fs.FileType.File:
             if not info.size:
@@ -164,11 +164,11 @@ def retried(place: str, action: Callable[[], T]) -> T:
 
 
 def _open(place: str) -> pa.NativeFile:
-    filesystem, path = _resolve(place)
+    filesystem, path = resolve_place(place)
     return filesystem.open_input_file(path)
 
 
-def _resolve(place: str) -> tuple[fs.FileSystem, str]:
+def resolve_place(place: str) -> tuple[fs.FileSystem, str]:
     """The file system that holds `place`, and the path in it."""
     if "://" not in place:
         return fs.LocalFileSystem(), str(Path(place).expanduser().absolute())

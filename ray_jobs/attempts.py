@@ -31,6 +31,7 @@ from ray_jobs.journal import JournalReader
 from ray_jobs.scaling import ray_scaling
 from ray_jobs.worker import run_worker
 
+RAY = "ray"  # in the run's folder: what Ray Train keeps; a run goes on without it
 FAILURES = "failures.jsonl"  # in the run's folder: what ended workers, and when
 
 T = TypeVar("T")
@@ -71,7 +72,7 @@ def _attempt(config: RunConfig, holder: dict[str, Any]) -> int:
         scaling_config=ray_scaling(config.scaling),
         run_config=ray.train.RunConfig(
             name="attempt-" + uuid.uuid4().hex[:8],
-            storage_path=str(config.folder / "ray"),
+            storage_path=str(config.folder / RAY),
             failure_config=ray.train.FailureConfig(max_failures=-1),  # `Judge` ends it
             callbacks=[Judge(Failures(config.folder, config.recovery.max_failures))],
         ),

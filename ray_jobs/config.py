@@ -90,6 +90,7 @@ class RunConfig:
 
     name: str
     storage: str = "runs"  # made absolute: workers do not run where the command was typed
+    mirror: str = ""  # s3://bucket/folder that keeps a copy of the run, to go on from
     init_from: str = ""  # a run or a checkpoint whose weights this run begins with
     seed: int = 0
     steps: int = 1000
@@ -119,6 +120,8 @@ class RunConfig:
                 raise UserError(f"{name}: expected at least {minimum}, got {getattr(self, name)}")
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise UserError(f"name: expected a folder name without '/', got {self.name!r}")
+        if self.mirror and "://" not in self.mirror:
+            raise UserError(f"mirror: expected a URI such as s3://bucket/runs, got {self.mirror!r}")
         if self.backend not in BACKENDS:
             raise UserError(f"backend: expected one of {', '.join(BACKENDS)}, got {self.backend!r}")
         self.update.check_activation(self.model.activation)
@@ -226,8 +229,8 @@ def _folder(key: str, path: Any, in_job: bool) -> str:
     path = str(path)
     if "://" in path:
         raise UserError(
-            f"{key}: {path} is not a folder; give a path that every node mounts (shards may lie in"
-            " object stores, runs may not)"
+            f"{key}: {path} is not a folder; give a path that every node mounts, and"
+            " mirror=s3://... for a copy in an object store"
         )
     if in_job and not Path(path).is_absolute():
         raise UserError(

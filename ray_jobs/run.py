@@ -28,6 +28,7 @@ from ray_jobs.initial_weights import with_pinned_weights
 from ray_jobs.journal import CHANGED, Journal, JournalReader
 from ray_jobs.journal import NAME as JOURNAL
 from ray_jobs.lease import Lease, refuse_if_in_use
+from ray_jobs.mirror import fetch, mirrored
 from ray_jobs.report import REPORT, closing_figures, write_report
 from ray_jobs.stop import StoppedError, StopSignals, warn_of_short_grace
 from ray_jobs.tracking import NOTE, Tracker, flatten, read_note
@@ -47,7 +48,7 @@ _MAY_CHANGE = (
     "log_slots",
     "profile",
 )
-_MAY_CHANGE += ("storage", "tracking", "scaling.num_workers", "resume", "recovery")
+_MAY_CHANGE += ("storage", "mirror", "tracking", "scaling.num_workers", "resume", "recovery")
 _MAY_CHANGE += ("data.decode_tasks", "data.max_bad_fraction")
 
 
@@ -79,6 +80,7 @@ def run(config: RunConfig) -> None:
     config = with_pinned_weights(with_needed_parts(config))
     refuse_unwritable(config.folder)
     refuse_if_in_use(config.folder)
+    fetch(config)
     done = steps_done(config)
     if done >= config.steps:
         return say_finished(config, done)
@@ -87,7 +89,7 @@ def run(config: RunConfig) -> None:
     config = end_with_data(config, data)
     if done >= config.steps:
         return say_finished(config, done)
-    with held(config.folder, done) as holder:
+    with mirrored(config), held(config.folder, done) as holder:
         check_data(config, data)
         announce(config, done)
         warn_of_short_grace(config.folder)

@@ -8,6 +8,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # `make test` runs two processes 
 
 import torch  # noqa: E402  reads the variable
 
+from tests.object_store import bucket  # noqa: E402, F401  a fixture
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any module imports triton
 

@@ -1,10 +1,7 @@
 """Shards in an object store: the rows, the fingerprint and the slots of the same files here."""
 
-import re
-import shutil
 import subprocess
 import sys
-import time
 
 import pyarrow.fs
 import pytest
@@ -15,47 +12,6 @@ from data_pipeline.run_data import read_slots
 from data_pipeline.schema import SourceConfig
 from tests.data_pipeline.media_shards import SHAPE, media_rows, write_media_parquet
 from tests.data_pipeline.shards import numbered_rows, run_data, write_parquet
-
-pytestmark = pytest.mark.skipif(
-    not shutil.which("moto_server"), reason="needs moto_server: pip install 'moto[s3,server]'"
-)
-
-
-@pytest.fixture(scope="module")
-def bucket(tmp_path_factory):
-    """s3://shards, on a server of its own that the environment points at, as users do it."""
-    log = tmp_path_factory.mktemp("server") / "log"
-    with log.open("w") as output:
-        server = subprocess.Popen(["moto_server", "-p", "0"], stdout=output, stderr=output)
-    try:
-        address = _address(server, log)
-        store = pyarrow.fs.S3FileSystem(
-            access_key="any",
-            secret_key="any",
-            endpoint_override=address,
-            scheme="http",
-            allow_bucket_creation=True,
-        )
-        store.create_dir("shards")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("AWS_ENDPOINT_URL", f"http://{address}")
-            patch.setenv("AWS_ACCESS_KEY_ID", "any")
-            patch.setenv("AWS_SECRET_ACCESS_KEY", "any")
-            patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-            yield store
-    finally:
-        server.terminate()
-        server.wait()
-
-
-def _address(server: subprocess.Popen, log) -> str:
-    """Where it listens, once it says so."""
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline and server.poll() is None:
-        if said := re.search(r"http://(127\.0\.0\.1:\d+)", log.read_text()):
-            return said[1]
-        time.sleep(0.05)
-    raise AssertionError(f"the server did not start: {log.read_text()}")
 
 
 def test_slots_from_a_bucket_are_those_of_the_files(tmp_path, bucket):
