@@ -2,36 +2,39 @@
 
     python -m benchmarks.restart --out benchmarks/results/FILE.json
 
-The run is configs/smoke.yaml with more steps: five modalities, a checkpoint every 10 steps. Each
-kill comes at a random instant after the workers' first steps; the next step is the one that the
-journal notes when the workers started again have done their first.
+The run is configs/smoke.yaml with more steps: five modalities, a checkpoint every other step. Each
+kill comes at a random instant after a checkpoint of the workers that it ends: failures without
+progress end a run. The next step is the one that the journal notes when the workers started again
+have done their first.
 """
 
 import argparse
 import json
 import os
 import random
+import re
 import signal
 import tempfile
 import threading
 import time
+from collections import deque
 from contextlib import suppress
 from pathlib import Path
 from statistics import quantiles
-from typing import Any
 
 import ray
 
 from benchmarks.timing import environment
 from ray_jobs.config import load_run_config
-from ray_jobs.heartbeat import FOLDER, TRAINING
+from ray_jobs.heartbeat import FOLDER
 from ray_jobs.journal import JournalReader, Note
 from ray_jobs.recorder import TRAINING_AGAIN
 from ray_jobs.run import run
 from ray_jobs.smoke import CONFIG
 from ray_jobs.stop import StoppedError
 
-LONGEST_LIFE_S = 3.0  # after the first steps
+LONGEST_LIFE_S = 3.0  # after the first checkpoint
+DURABLE = r"checkpoint of step \d+ is durable"
 POLL_S = 0.01
 
 
@@ -61,7 +64,7 @@ def main() -> None:
 def kill_often(storage: Path, kills: int, rng: random.Random) -> list[float]:
     """Starts the run, kills its worker so often, stops the run; the seconds of each restart."""
     arguments = [str(CONFIG), f"storage={storage}", "--run", "restart", "--steps", "1000000"]
-    config = load_run_config("pretrain", [*arguments, "--save-interval", "10"], {}, __doc__)
+    config = load_run_config("pretrain", [*arguments, "--save-interval", "2"], {}, __doc__)
     killer = Killer(config.folder, kills, rng)
     killer.start()
     with suppress(StoppedError):
@@ -80,30 +83,22 @@ class Killer(threading.Thread):
         self.seconds: list[float] = []
 
     def run(self) -> None:
-        token = 0
         for number in range(self._kills):
-            beat = self._await_training(token)
-            token = beat["token"]
+            self._await_note(DURABLE)
             time.sleep(self._rng.uniform(0, LONGEST_LIFE_S))
+            beat = json.loads((self._folder / FOLDER / "0.json").read_text())
+            deque(self._notes.read_lines(), maxlen=0)
             killed = time.time()
             os.kill(beat["process"]["pid"], signal.SIGKILL)
-            self.seconds.append(self._await_note() - killed)
+            self.seconds.append(self._await_note(TRAINING_AGAIN) - killed)
             print(f"kill {number + 1}: {self.seconds[-1]:.2f} s", flush=True)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    def _await_training(self, after_token: int) -> dict[str, Any]:
-        path = self._folder / FOLDER / "0.json"
-        while True:
-            beat = json.loads(path.read_text()) if path.exists() else {"token": 0}
-            if beat["token"] > after_token and beat["phase"] == TRAINING:
-                return beat
-            time.sleep(POLL_S)
-
-    def _await_note(self) -> float:
-        """When the workers had done their first step."""
+    def _await_note(self, pattern: str) -> float:
+        """When the run wrote the next note of that kind."""
         while True:
             for line in self._notes.read_lines():
-                if isinstance(line, Note) and line.note.startswith(TRAINING_AGAIN):
+                if isinstance(line, Note) and re.match(pattern, line.note):
                     return line.time
             time.sleep(POLL_S)
 

@@ -17,7 +17,8 @@ from ray_jobs.config import RunConfig
 def set_conditions(config: RunConfig) -> None:
     """What the bits of a slot's gradient depend on is fixed here, never left to the host."""
     torch.set_num_threads(config.scaling.threads_per_worker)
-    torch.use_deterministic_algorithms(True)
+    # The same as use_deterministic_algorithms(True), without a second of imports for compilers.
+    torch.set_deterministic_debug_mode("error")
     torch.utils.deterministic.fill_uninitialized_memory = False  # every kernel writes all of it
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses the above
     torch.backends.cuda.matmul.allow_tf32 = False

@@ -1,23 +1,59 @@
 """Slots on their way from the data to the loop: begun early, written down, tensors by step."""
 
 import json
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, groupby
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain, groupby, islice
 from pathlib import Path
+from threading import Event
 
 import torch
 
 from arbitor.batch import SlotBatch
 from data_pipeline.pack import PackedSlot
 
+HEAD_START_S = 4.0  # of direct reading, unless the first step is done before
 
-def begin(slots: Iterator[PackedSlot]) -> Iterator[PackedSlot]:
-    """Fetches the first slot at once, on a thread: data starts while the model is being built."""
-    pool = ThreadPoolExecutor(1)
-    first = pool.submit(next, slots)
+
+def begin(stream: Iterator[PackedSlot], direct: Generator[PackedSlot]) -> Iterator[PackedSlot]:
+    """The slots that both bring: from `direct`, read in this process, until `stream` has its first.
+
+    The stream's tasks need processes of their own. On a small machine their start takes the cores
+    from the first step, which so waits for nobody; where reading takes long they start beside it.
+    """
+    wanted, pool = Event(), ThreadPoolExecutor(1)
+    first = pool.submit(_first_of, stream, wanted)
     pool.shutdown(wait=False)
-    return chain((future.result() for future in [first]), slots)
+    return _direct_then_streamed(first, wanted, stream, direct)
+
+
+def _first_of(stream: Iterator[PackedSlot], wanted: Event) -> list[PackedSlot]:
+    wanted.wait(HEAD_START_S)
+    return list(islice(stream, 1))
+
+
+def _direct_then_streamed(
+    first: Future[list[PackedSlot]],
+    wanted: Event,
+    stream: Iterator[PackedSlot],
+    direct: Generator[PackedSlot],
+) -> Iterator[PackedSlot]:
+    steps, brought = set(), 0
+    for slot in direct:
+        steps.add(slot.step)
+        yield slot
+        brought += 1
+        if len(steps) > 1:
+            wanted.set()
+        if first.done():
+            break
+    else:
+        return
+    direct.close()  # and with it the windows that it holds
+    del slot
+    slots = chain(first.result(), stream)
+    del first
+    yield from islice(slots, brought, None)
 
 
 def log_slots(slots: Iterator[PackedSlot], path: Path) -> Iterator[PackedSlot]:

@@ -17,7 +17,7 @@ from arbitor.settings import build
 from arbitor.trainer import StepReport, train
 from data_pipeline.bad_rows import BadRows
 from data_pipeline.manifest import manifests_from_json
-from data_pipeline.run_data import RunData
+from data_pipeline.run_data import RunData, read_slots
 from data_pipeline.states import StateTable
 from data_pipeline.stream import stream_slots
 from ray_jobs.conditions import restore, set_conditions
@@ -57,7 +57,8 @@ def _run_worker(config: RunConfig, holder: dict[str, Any]) -> int:
     heartbeat = Heartbeat(config.folder, rank, group.token)
     data = open_run_data(config)
     bad_rows = BadRows(config.folder, rank, data)
-    slots = begin(bad_rows.watch(stream_slots(data, group.start, config.steps, rank, world)))
+    span = (data, group.start, config.steps, rank, world)
+    slots = bad_rows.watch(begin(stream_slots(*span), read_slots(*span)))
     if config.log_slots:
         slots = log_slots(slots, config.folder / f"slots-{rank}.jsonl")
     model = ARBModel(config.model, config.seed, config.update)
