@@ -24,7 +24,7 @@ from arbitor.kernel.latent_update.state import calibrate
 from arbitor.kernel.ternary_scale import TernaryWeight
 from arbitor.loss import FIGURES
 from arbitor.main import ARBModel
-from arbitor.update_rule import BigintRule, LatentRule, UpdateConfig
+from arbitor.update_rule import UpdateConfig, rule_of
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,7 @@ class TernaryOptimizer:
         all_reduce: AllReduce | None = None,
     ):
         self.seed, self.slots_per_step, self.all_reduce = seed, slots_per_step, all_reduce
-        self.rule: LatentRule | BigintRule = BigintRule()
-        if config.rule == "latent":
-            self.rule = LatentRule(config, total_steps, slots_per_step, seed)
+        self.rule = rule_of(config, total_steps, slots_per_step, seed)
         self.weights = model.ternary_weights()
         self.counters = model.step_counts()
         formats = {weight.format.state_format() for _, weight in self.weights}

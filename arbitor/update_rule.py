@@ -140,3 +140,12 @@ class BigintRule:
         state = weight.state()
         finish_step(state.corr_accum, state.step_counter, total, num_slots)
         counters[1] += (weight.trits() == 0).sum()
+
+
+def rule_of(
+    config: UpdateConfig, total_steps: int, slots_per_step: int, seed: int
+) -> LatentRule | BigintRule:
+    """The rule that `config.rule` names."""
+    if config.rule == "latent":
+        return LatentRule(config, total_steps, slots_per_step, seed)
+    return BigintRule()

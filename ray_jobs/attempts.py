@@ -21,12 +21,15 @@ import ray.train
 from ray import PlacementGroupID
 from ray.exceptions import RayError
 from ray.train.torch import TorchTrainer
-from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group_table,
+    remove_placement_group,
+)
 from torch.distributed import DistError
 
 from arbitor.errors import UserError
 from ray_jobs.config import RunConfig
-from ray_jobs.heartbeat import newest_beats
 from ray_jobs.journal import JournalReader
 from ray_jobs.scaling import ray_scaling
 from ray_jobs.worker import run_worker
@@ -62,7 +65,7 @@ def train_on_ray(config: RunConfig, holder: dict[str, Any]) -> int:
         except RayError as error:  # of the controller's own end
             failures.add(error)
             print(f"Ray Train's controller has died ({one_line(error)}); starting the next attempt")
-            _free_resources(config.folder)
+            free_resources()
 
 
 def _attempt(config: RunConfig, holder: dict[str, Any]) -> int:
@@ -80,13 +83,14 @@ def _attempt(config: RunConfig, holder: dict[str, Any]) -> int:
     return _in_a_thread(trainer.fit).return_value
 
 
-def _free_resources(folder: Path) -> None:
+def free_resources() -> None:
     """Ends what is left of a dead controller's workers. Where Ray has no dashboard, nobody else
     frees what was reserved for them, and those of the next attempt would wait for it for ever.
     """
-    for beat in newest_beats(folder):
-        group = PlacementGroupID(bytes.fromhex(beat["placement_group"]))
-        remove_placement_group(PlacementGroup(group))
+    job = ray.get_runtime_context().get_job_id()
+    for group, state in placement_group_table().items():
+        if group.endswith(job) and state["state"] != "REMOVED":  # an id ends with that of its job
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))
 
 
 def _in_a_thread(work: Callable[[], T]) -> T:

@@ -6,8 +6,6 @@ are killed, so that Ray starts the workers again.
 """
 
 import json
-import os
-import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -17,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ray_jobs.processes import describe, is_running, replace_text, this_process
+from ray_jobs.processes import describe, end, is_here, replace_text, this_process
 
 FOLDER = "heartbeats"  # in a run's folder
 TRAINING = "training"  # the phase in which steps must come
@@ -39,7 +36,6 @@ class Heartbeat:
             "token": token,
             "process": this_process(),
             "node": ray.get_runtime_context().get_node_id(),
-            "placement_group": get_current_placement_group().id.hex(),
         }
         self._step, self._phase = -1, "starting"
         self._ended = threading.Event()
@@ -110,7 +106,12 @@ class Watch:
 
     def _work(self) -> None:
         while not self._ended.wait(BEAT_S):
-            for beat in newest_beats(self._folder.parent):
+            try:
+                beats = newest_beats(self._folder.parent)
+            except OSError as error:
+                print(f"{self._folder}: cannot be read ({error}); trying again")
+                continue
+            for beat in beats:
                 if beat["phase"] != "ended":
                     self._look(beat)
 
@@ -137,21 +138,21 @@ class Watch:
 
     def _kill(self, beat: dict[str, Any], seen: _Seen, why: str) -> None:
         """On the worker's own node, whichever that is."""
-        seen.killed = True
-        here = NodeAffinitySchedulingStrategy(beat["node"], soft=False)
+        process = beat["process"]
         try:
-            killing = kill_process.options(scheduling_strategy=here).remote(beat["process"])
-            killed = ray.get(killing, timeout=_KILL_S)
-        except ray.exceptions.RayError:  # its node is gone, and it with it
+            killed = end(process) if is_here(process) else _end_there(process, beat["node"])
+        except ray.exceptions.GetTimeoutError:
+            print(f"{describe(process)}: {why}; its node has not killed it yet, trying again")
             return
+        except ray.exceptions.RayError:  # its node is gone, and it with it
+            killed = False
+        seen.killed = True
         if killed:
-            print(f"{describe(beat['process'])}: {why}; killed, the workers start again")
+            print(f"{describe(process)}: {why}; killed, the workers start again")
 
 
-@ray.remote(num_cpus=0)
-def kill_process(process: dict[str, Any]) -> bool:
-    """False where it had ended before."""
-    if not is_running(process):
-        return False
-    os.kill(process["pid"], signal.SIGKILL)
-    return True
+def _end_there(process: dict[str, Any], node: str) -> bool:
+    """As `end`, on another host or in another container of this one."""
+    there = NodeAffinitySchedulingStrategy(node, soft=False)
+    ending = ray.remote(num_cpus=0)(end).options(scheduling_strategy=there)
+    return ray.get(ending.remote(process), timeout=_KILL_S)

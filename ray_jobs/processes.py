@@ -1,6 +1,7 @@
 """Which process is which: names that hold over hosts, boots, containers and numbers used again."""
 
 import os
+import signal
 import socket
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,14 @@ def is_running(process: dict[str, Any]) -> bool:
     except FileNotFoundError:
         return False
     return started == process["started"] and state not in ("Z", "X")
+
+
+def end(process: dict[str, Any]) -> bool:
+    """Kills that process of this place; False where it had ended before."""
+    if not is_running(process):
+        return False
+    os.kill(process["pid"], signal.SIGKILL)
+    return True
 
 
 def describe(process: dict[str, Any]) -> str:

@@ -25,6 +25,7 @@ from ray_jobs.config import RunConfig
 from ray_jobs.group import join_group
 from ray_jobs.heartbeat import Heartbeat
 from ray_jobs.initial_weights import load_initial_weights
+from ray_jobs.memory import refuse_too_large
 from ray_jobs.recorder import Recorder
 from ray_jobs.slots import begin, by_step, log_slots
 from ray_jobs.stop import StopBoundary
@@ -52,6 +53,7 @@ def _run_worker(config: RunConfig, holder: dict[str, Any]) -> int:
     device = ray.train.torch.get_device()
     set_conditions(config)
     set_backend(config.backend)
+    refuse_too_large(config, device, context.get_local_world_size())
 
     group = join_group(config.folder, holder)
     heartbeat = Heartbeat(config.folder, rank, group.token)

@@ -36,7 +36,11 @@ def ray_head():
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TRITON_INTERPRET", raising=False)
         ray.init(
-            num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=512 << 20
+            "local",  # never another Ray of this machine
+            num_cpus=4,
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=512 << 20,
         )
     yield
     ray.shutdown()

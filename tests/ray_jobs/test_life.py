@@ -19,7 +19,7 @@ from arbitor.errors import UserError
 from arbitor.owners import SupersededError, add_owner, read_owners
 from arbitor.settings import build
 from ray_jobs import heartbeat, lease
-from ray_jobs.attempts import Failures, RunFailedError, is_passing
+from ray_jobs.attempts import Failures, RunFailedError, free_resources, is_passing
 from ray_jobs.config import RunConfig
 from ray_jobs.group import WORKERS, Group
 from ray_jobs.journal import CHANGED, SAVE_S, Journal, JournalReader, ReplayError
@@ -84,7 +84,8 @@ class Trouble(threading.Thread):
     def __init__(self, config, *acts, since=0):
         super().__init__(daemon=True)
         self._beat = config.folder / heartbeat.FOLDER / "0.json"
-        self._acts, self._since = acts, since
+        self._reader, self._acts, self._since = JournalReader(config.folder), acts, since
+        self._step = max((record.step for record in self._reader.read()), default=0)
         self.start()
 
     def run(self):
@@ -94,11 +95,14 @@ class Trouble(threading.Thread):
             token = beat["token"]
             act(beat)
 
-    def _await_steps(self, token):
-        deadline = time.monotonic() + 120
+    def _await_steps(self, token, count=30):
+        """Steps that nobody had done before: their number does not depend on the machine."""
+        goal, deadline = self._step + count, time.monotonic() + 120
         while time.monotonic() < deadline:
+            for record in self._reader.read():
+                self._step = record.step
             beat = json.loads(self._beat.read_text()) if self._beat.exists() else {"token": 0}
-            if beat["token"] > token and beat["phase"] == heartbeat.TRAINING:
+            if beat["token"] > token and self._step >= goal:
                 return beat
             time.sleep(0.02)
         raise TimeoutError("the workers did not start again")
@@ -260,6 +264,20 @@ def test_an_error_that_would_come_again_ends_the_run_at_once(unbroken, storage, 
     assert f"run failed: ReplayError: step {STEPS - 3} does not repeat what is recorded" in message
     (failure,) = (config.folder / "failures.jsonl").read_text().splitlines()
     assert "in append" in json.loads(failure)["trace"]
+
+
+def test_what_a_dead_controller_reserved_is_free_for_the_next(ray_head):
+    """Also where its workers had not begun to beat."""
+    import ray
+    from ray.util.placement_group import placement_group
+
+    cpus = ray.cluster_resources()["CPU"]
+    ray.get(placement_group([{"CPU": cpus}]).ready())
+    waiting = placement_group([{"CPU": cpus}])
+    free_resources()
+    ray.get(placement_group([{"CPU": cpus}]).ready(), timeout=30)
+    assert not waiting.wait(0)
+    free_resources()
 
 
 def test_failures_without_progress_end_the_run_and_others_do_not(tmp_path):
