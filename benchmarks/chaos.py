@@ -19,23 +19,26 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 
-from benchmarks.chaos_checks import compare_runs
+from benchmarks.chaos_checks import compare_runs, compare_so_far
 from benchmarks.chaos_victims import adopt_orphans, choose_victim, end_all, kill
 from benchmarks.timing import environment
 from ray_jobs.config import RunConfig, load_run_config
 from ray_jobs.journal import JournalReader
+from ray_jobs.processes import replace_text
 from ray_jobs.smoke import CONFIG
 
 SAVE_INTERVAL = 5
 OVERRIDES = (
     "eval_interval=0",
     "log_slots=true",
+    "data.batch_size=1",  # quarter steps: what takes the time is to start again
     "data.eval_slots=1",
     "scaling.threads_per_worker=1",
 )
@@ -58,35 +61,57 @@ class Kill:
 def main() -> None:
     options = parse()
     print(f"seed {options.seed}", flush=True)
-    begin, load = time.monotonic(), os.getloadavg()
+    report = Report(options)
     adopt_orphans()
     with tempfile.TemporaryDirectory() as storage:
         calm = Run(options, Path(storage) / "calm")
         calm.train(0, random.Random())
-        calm_seconds = time.monotonic() - begin
-        print(f"undisturbed: {calm_seconds:.0f} s", flush=True)
+        report.undisturbed_ended()
         wild = Run(options, Path(storage) / "wild")
-        kills = wild.train(options.kills, random.Random(options.seed))
+
+        def tell() -> None:
+            faults = compare_so_far(calm.config, wild.config)
+            report.write(wild, {"is_complete": False, "faults": faults})
+
+        wild.train(options.kills, random.Random(options.seed), tell)
         findings = compare_runs(calm.config, wild.config)
-    record = {
-        "command": f"python -m benchmarks.chaos --kills {options.kills} --steps {options.steps}"
-        f" --workers {options.workers} --seed {options.seed}",
-        "environment": environment() | {"ray": ray.__version__, "cpus": os.cpu_count()},
-        "load_average": {"before": load, "after": os.getloadavg()},
-        "seconds": round(time.monotonic() - begin, 1),
-        "seconds_undisturbed": round(calm_seconds, 1),
-        **summary(kills),
-        "commands_started": wild.starts,
-        "processes_left_behind": wild.left_behind,
-        **findings._asdict(),
-    }
-    print(json.dumps(record, indent=1))
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(
-            json.dumps(record | {"every_kill": list(map(asdict, kills))}, indent=1) + "\n"
-        )
+    record = report.write(wild, {"is_complete": True} | findings._asdict())
+    print(json.dumps({k: v for k, v in record.items() if k != "every_kill"}, indent=1))
     sys.exit(1 if findings.faults else 0)
+
+
+class Report:
+    """The file of `--out`, written anew after every kill: one that ends early tells what it did."""
+
+    def __init__(self, options: argparse.Namespace):
+        self._options, self._begin, self._load = options, time.monotonic(), os.getloadavg()
+        self._environment = environment() | {"ray": ray.__version__, "cpus": os.cpu_count()}
+        self._undisturbed = 0.0
+
+    def undisturbed_ended(self) -> None:
+        self._undisturbed = time.monotonic() - self._begin
+        print(f"undisturbed: {self._undisturbed:.0f} s", flush=True)
+
+    def write(self, wild: "Run", found: dict[str, Any]) -> dict[str, Any]:
+        """`found` is what comparing with the undisturbed run has given; the whole record."""
+        options = self._options
+        record = {
+            "command": f"python -m benchmarks.chaos --kills {options.kills} --steps {options.steps}"
+            f" --workers {options.workers} --seed {options.seed}",
+            "environment": self._environment,
+            "load_average": {"before": self._load, "after": os.getloadavg()},
+            "seconds": round(time.monotonic() - self._begin, 1),
+            "seconds_undisturbed": round(self._undisturbed, 1),
+            **summary(wild.kills),
+            "commands_started": wild.starts,
+            "processes_left_behind": wild.left_behind,
+            **found,
+            "every_kill": list(map(asdict, wild.kills)),
+        }
+        if options.out:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            replace_text(options.out, json.dumps(record, indent=1) + "\n")
+        return record
 
 
 def parse() -> argparse.Namespace:
@@ -125,35 +150,37 @@ class Run:
         self._journal, self._step = JournalReader(self.config.folder), 0
         self._output = storage.with_suffix(".out")
         self._driver: subprocess.Popen[bytes] | None = None
-        self._kills: list[Kill] = []
+        self.kills: list[Kill] = []
         self._kills_before = 0  # the command was started
         self.starts = self.left_behind = 0
 
-    def train(self, num_kills: int, rng: random.Random) -> list[Kill]:
+    def train(
+        self, num_kills: int, rng: random.Random, after_kill: Callable[[], None] = lambda: None
+    ) -> None:
         """Trains to the end under so many kills. Raises AssertionError where it ends otherwise."""
         self._start()
-        while len(self._kills) < num_kills:
+        while len(self.kills) < num_kills:
             self._ensure_running()
             began = time.monotonic()
-            self._wait_until_due(began, num_kills - len(self._kills), rng)
+            self._wait_until_due(began, num_kills - len(self.kills), rng)
             victim = choose_victim(self._driver.pid, rng)
             if self._driver.poll() is None and kill(victim.pid):
                 life_s = round(time.monotonic() - began, 2)
-                self._kills.append(Kill(victim.name, self._look(), life_s))
+                self.kills.append(Kill(victim.name, self._look(), life_s))
                 where = f"after step {self._step}, {life_s:.1f} s of its life"
-                print(f"kill {len(self._kills)} of {num_kills}: {victim.name} {where}", flush=True)
+                print(f"kill {len(self.kills)} of {num_kills}: {victim.name} {where}", flush=True)
+                after_kill()
             if victim.pid == self._driver.pid:
                 self._driver.wait()
         while self._look() < self.config.steps or self._driver.poll() is None:
             self._ensure_running()
             self._await_progress()
         assert self._driver.wait() == 0, self._tail()
-        return self._kills
 
     def _start(self) -> None:
         self.left_behind += end_all()
         self.starts += 1
-        self._kills_before = len(self._kills)
+        self._kills_before = len(self.kills)
         self._output.parent.mkdir(parents=True, exist_ok=True)
         with open(self._output, "ab") as output:
             self._driver = subprocess.Popen(self._command, stdout=output, stderr=output)
@@ -162,8 +189,8 @@ class Run:
         """Starts the command again if a kill has ended it."""
         if self._driver.poll() is None:
             return
-        assert len(self._kills) > self._kills_before, f"ended without a kill\n{self._tail()}"
-        self._kills[-1].survived = False
+        assert len(self.kills) > self._kills_before, f"ended without a kill\n{self._tail()}"
+        self.kills[-1].survived = False
         self._start()
 
     def _wait_until_due(self, began: float, num_kills: int, rng: random.Random) -> None:

@@ -39,6 +39,14 @@ def compare_runs(calm: RunConfig, wild: RunConfig) -> Findings:
     return Findings(tensors, *rows, steps, points, faults)
 
 
+def compare_so_far(calm: RunConfig, wild: RunConfig) -> list[str]:
+    """Faults in what an unfinished `wild` has consumed and recorded up to now."""
+    faults: list[str] = []
+    compare_rows(calm, wild, faults, has_ended=False)
+    compare_journals(calm, wild, faults, has_ended=False)
+    return faults
+
+
 def compare_checkpoints(calm: RunConfig, wild: RunConfig, faults: list[str]) -> int:
     """Number of equal tensors of the last checkpoints."""
     (calm_manifest, expected), (manifest, found) = (
@@ -53,7 +61,9 @@ def compare_checkpoints(calm: RunConfig, wild: RunConfig, faults: list[str]) -> 
     return len(expected) - len(unequal)
 
 
-def compare_rows(calm: RunConfig, wild: RunConfig, faults: list[str]) -> tuple[int, int, int, int]:
+def compare_rows(
+    calm: RunConfig, wild: RunConfig, faults: list[str], *, has_ended: bool = True
+) -> tuple[int, int, int, int]:
     """Slots of the plan, slots logged, slots logged again, torn lines."""
     calm_entries, calm_torn = logged_slots(calm)
     expected = dict(calm_entries)
@@ -64,7 +74,8 @@ def compare_rows(calm: RunConfig, wild: RunConfig, faults: list[str]) -> tuple[i
     if others:
         faults.append(f"{len(others)} slots had other rows, {others[0]} among them")
     times = Counter(place for place, _ in entries)
-    if missing := expected.keys() - times.keys():
+    missing = expected.keys() - times.keys()
+    if has_ended and missing:
         faults.append(f"{len(missing)} slots were never consumed, {min(missing)} among them")
     return len(expected), len(entries), len(entries) - len(times), torn
 
@@ -88,7 +99,9 @@ def logged_slots(config: RunConfig) -> tuple[list[tuple[Place, Seen]], int]:
     return entries, torn
 
 
-def compare_journals(calm: RunConfig, wild: RunConfig, faults: list[str]) -> int:
+def compare_journals(
+    calm: RunConfig, wild: RunConfig, faults: list[str], *, has_ended: bool = True
+) -> int:
     """Number of steps in the journal of `wild`."""
 
     def metrics(config: RunConfig) -> list[tuple[int, dict[str, float]]]:
@@ -98,7 +111,8 @@ def compare_journals(calm: RunConfig, wild: RunConfig, faults: list[str]) -> int
         ]
 
     expected, found = metrics(calm), metrics(wild)
-    if [step for step, _ in found] != list(range(1, wild.steps + 1)):
+    steps = wild.steps if has_ended else len(found)
+    if [step for step, _ in found] != list(range(1, steps + 1)):
         faults.append("the journal does not have each step once")
     differing = [
         step for (step, ours), (_, calms) in zip(found, expected, strict=False) if ours != calms

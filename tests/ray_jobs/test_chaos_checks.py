@@ -8,7 +8,12 @@ import torch
 
 from arbitor.checkpoint import CHECKPOINTS, save_checkpoint
 from arbitor.settings import build
-from benchmarks.chaos_checks import compare_checkpoints, compare_journals, compare_rows
+from benchmarks.chaos_checks import (
+    compare_checkpoints,
+    compare_journals,
+    compare_rows,
+    compare_so_far,
+)
 from ray_jobs.config import RunConfig
 from ray_jobs.journal import Journal
 
@@ -77,3 +82,16 @@ def test_other_bits_rows_and_losses_are_faults(runs):
     assert "each step once" in faults_of(compare_journals, *runs)[1][0]
     journal.write_text("".join(lines).replace('"loss/total": 1.0', '"loss/total": 1.1'))
     assert faults_of(compare_journals, *runs)[1] == ["1 steps have other losses, step 3 the first"]
+
+
+def test_a_run_that_has_not_ended_is_compared_as_far_as_it_is(runs):
+    calm, wild = runs
+    log(wild, SLOTS[:3])
+    journal = wild.folder / "metrics.jsonl"
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join(lines[:2]))
+    assert compare_so_far(calm, wild) == []
+    log(wild, SLOTS[:3], row=8)
+    journal.write_text("".join([*lines[:2], lines[1]]))
+    rows, steps, *_ = compare_so_far(calm, wild)
+    assert "3 slots had other rows" in rows and "each step once" in steps

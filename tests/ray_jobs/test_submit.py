@@ -70,6 +70,9 @@ def test_submitted_stopped_and_submitted_again_is_one_run(submit, tmp_path):
     assert code == 0 and "STOPPED; the same submit resumes it" in output, output
     done = len(list(JournalReader(folder).read()))
     assert 20 <= done < STEPS
+    note = json.loads((folder / "mlflow.json").read_text())
+    client = MlflowClient(note["tracking_uri"])
+    assert client.get_run(note["run_id"]).info.status == "KILLED"
 
     code, output = submit(*words, "--follow")
     assert code == 0 and output.rstrip().endswith("SUCCEEDED"), output
@@ -79,8 +82,6 @@ def test_submitted_stopped_and_submitted_again_is_one_run(submit, tmp_path):
     assert submit("--status", "handed-in")[1] == listed.splitlines()[1] + "\n"
     steps = [record.step for record in JournalReader(folder).read()]
     assert steps == list(range(1, STEPS + 1))
-    note = json.loads((folder / "mlflow.json").read_text())
-    client = MlflowClient(note["tracking_uri"])
     points = client.get_metric_history(note["run_id"], "loss/total")
     assert [point.step for point in points] == steps
     experiment = client.get_experiment_by_name("arbitor").experiment_id
