@@ -21,6 +21,7 @@ import ray.train
 from ray import PlacementGroupID
 from ray.exceptions import RayError
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group_table,
@@ -69,7 +70,7 @@ def train_on_ray(config: RunConfig, holder: dict[str, Any]) -> int:
 
 
 def _attempt(config: RunConfig, holder: dict[str, Any]) -> int:
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         run_worker,
         train_loop_config={"config": config.values(), "holder": holder},
         scaling_config=ray_scaling(config.scaling),
@@ -81,6 +82,16 @@ def _attempt(config: RunConfig, holder: dict[str, Any]) -> int:
         ),
     )
     return _in_a_thread(trainer.fit).return_value
+
+
+class _Trainer(TorchTrainer):
+    """Without the actor for datasets that Ray starts with each group of workers, also where there
+    are none: on a small machine it takes time from the start of the workers themselves.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()
+        return [callback for callback in callbacks if not isinstance(callback, DatasetsCallback)]
 
 
 def free_resources() -> None:

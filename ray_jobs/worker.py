@@ -53,9 +53,10 @@ def _run_worker(config: RunConfig, holder: dict[str, Any]) -> int:
     device = ray.train.torch.get_device()
     set_conditions(config)
     set_backend(config.backend)
-    refuse_too_large(config, device, context.get_local_world_size())
 
     group = join_group(config.folder, holder)
+    if group.checkpoint is None:
+        refuse_too_large(config, device, context.get_local_world_size())
     heartbeat = Heartbeat(config.folder, rank, group.token)
     data = open_run_data(config)
     bad_rows = BadRows(config.folder, rank, data)
