@@ -38,11 +38,14 @@ SAVE_INTERVAL = 5
 OVERRIDES = (
     "eval_interval=0",
     "log_slots=true",
-    "data.batch_size=1",  # quarter steps: what takes the time is to start again
+    "model.width=64",  # short steps: it is the starts that are on trial
+    "model.num_layers=1",
+    "data.batch_size=1",
+    "data.decode_tasks=1",
     "data.eval_slots=1",
     "scaling.threads_per_worker=1",
 )
-STEPS_PER_KILL = 3  # new ones, so that a run has some left for every kill
+STEPS_PER_KILL = 2  # new ones, so that a run has some left for every kill
 EARLY_KILLS = 0.3  # share of the kills that do not wait for steps, but come within EARLY_S
 EARLY_S = 15.0
 JITTER_S = 0.5  # up to this long after the step at which a kill is due: anywhere inside of a step
