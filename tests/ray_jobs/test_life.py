@@ -26,7 +26,7 @@ from ray_jobs.journal import CHANGED, SAVE_S, Journal, JournalReader, ReplayErro
 from ray_jobs.lease import Lease, refuse_if_in_use
 from ray_jobs.processes import is_running, replace_text, this_process
 from ray_jobs.run import exit_with_message, run
-from ray_jobs.stop import StoppedError, warn_of_short_grace
+from ray_jobs.stop import REQUEST, StoppedError, warn_of_short_grace
 
 STEPS = 200
 VALUES = {
@@ -221,6 +221,8 @@ def test_ctrl_c_then_a_kill_then_the_end_with_a_ray_of_its_own(storage, tmp_path
 
     def interrupt_twice(pid):
         os.killpg(pid, signal.SIGINT)
+        while not (config.folder / REQUEST).read_text():  # two at once would arrive as one
+            time.sleep(0.001)
         os.killpg(pid, signal.SIGINT)
 
     code, error = until(lambda pid: os.killpg(pid, signal.SIGINT))
