@@ -2,8 +2,10 @@
 
 import json
 import pickle
+import threading
 import time
 from contextlib import nullcontext
+from itertools import islice
 
 import pytest
 import ray
@@ -161,6 +163,30 @@ def test_a_restart_in_the_middle_goes_on_alike(data):
     begun.close()
     rest = list(stream_slots(data, 17, 40, 0, 1))
     assert_same_slots(first + rest, read_slots(data, 0, 40, 0, 1))
+
+
+def test_windows_are_fetched_while_the_worker_computes():
+    """In order, no more than a few of them; closing ends what fetches them."""
+    begun, ended = [], threading.Event()
+
+    def tables():
+        try:
+            for number in range(100):
+                begun.append(number)
+                yield number
+        finally:
+            ended.set()
+
+    taken = stream._taken_ahead(tables())
+    assert next(taken) == 0
+    deadline = time.monotonic() + 10
+    while len(begun) < 1 + stream.WINDOWS_AHEAD:
+        assert time.monotonic() < deadline, "nothing is fetched before it is asked for"
+        time.sleep(0.001)
+    assert list(islice(taken, 20)) == list(range(1, 21))
+    assert len(begun) <= 21 + stream.WINDOWS_AHEAD
+    taken.close()
+    assert ended.is_set()
 
 
 def reversed_tasks():
