@@ -7,6 +7,8 @@ import time
 from contextlib import nullcontext
 from itertools import islice
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import ray
 
@@ -187,6 +189,15 @@ def test_windows_are_fetched_while_the_worker_computes():
     assert len(begun) <= 21 + stream.WINDOWS_AHEAD
     taken.close()
     assert ended.is_set()
+
+
+def test_arrays_are_seen_where_they_lie():
+    """A copy of a window costs the training thread 17 ms."""
+    first, second = np.arange(1000), np.arange(7)
+    cell = stream._cell(first)
+    assert np.shares_memory(stream._values(cell, np.int64), first)
+    both = pa.concat_arrays([cell, stream._cell(second)])
+    assert stream._values(both[1:], np.int64).tolist() == second.tolist()
 
 
 def reversed_tasks():
