@@ -46,6 +46,7 @@ DECODE_TASKS = 3
 LOADER_WORKERS = 2
 PREFETCH = 8  # slots, of each worker of the DataLoader
 ENDLESS = 10_000_000  # steps
+WARM_UP_S = 8
 COMPUTE_S = 0.1
 MIX = {"text": 0.6, "image": 0.25, "audio": 0.1, "video": 0.05}
 PARTS = ("throughput", "wait", "first", "memory", "spill")
@@ -59,6 +60,7 @@ def main() -> None:
             "decode_tasks": DECODE_TASKS,
             "loader_workers": LOADER_WORKERS,
             "loader_prefetch_slots": PREFETCH,
+            "warm_up_s": WARM_UP_S,
             "positions_a_slot": 16 * 1024,
             "RAY_worker_niceness": 0,
             "shards": ABOUT,
@@ -187,10 +189,10 @@ def as_tensors(slot: PackedSlot) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 
 def steady(begin: Callable[[], Slots], seconds: float) -> dict[str, float]:
-    """Rates over `seconds`, after a third of that as a warm-up."""
+    """Rates over `seconds`, once the processes of either way have started."""
     slots = begin()
     next(slots)
-    warm = time.monotonic() + seconds / 3
+    warm = time.monotonic() + WARM_UP_S
     while time.monotonic() < warm:
         next(slots)
     count, targets, cpu, start = 0, 0, cpu_seconds(), time.monotonic()
@@ -231,7 +233,7 @@ def measure_wait(options: argparse.Namespace) -> dict[str, Any]:
     with local_ray():
         for name, weights in {"image": {"image": 1.0}, "mix": MIX}.items():
             slots = stream(timed_data(options.data, weights, DECODE_TASKS))
-            run(slots, 4 * options.seconds / 3)
+            run(slots, WARM_UP_S)
             rows[name] = {"weights": weights, **run(slots, 2 * options.seconds)}
             slots.close()
     return rows

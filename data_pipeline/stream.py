@@ -3,8 +3,9 @@
 `stream_slots` is the front door. Inside the train function of each worker, so that restarts and
 resizes need no coordinator: window tasks in order of first use, generated lazily ->
 `decode_windows` in a few parallel tasks,
-one row a window -> the worker keeps each lane's window and slices it as the plan walks. Every
-window that arrives is checked against the plan, in case the order or the content is not the plan's.
+one row a window -> a thread of the worker takes the next few out of Ray Data -> the worker keeps
+each lane's window and slices it as the plan walks. Every window that arrives is checked against the
+plan, in case the order or the content is not the plan's.
 
 The options here are not Ray's defaults; each of them was found necessary (order, one window a
 block, no wait for CPUs that the trainers hold).
@@ -14,7 +15,8 @@ import json
 import logging
 import pickle
 import warnings
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from typing import NamedTuple
@@ -32,8 +34,12 @@ from data_pipeline.plan import Held, Plan, WindowKey
 from data_pipeline.run_data import RunData, slots_from
 from data_pipeline.window import WindowTask
 
-TASK_COST = 1.0  # windows of a task together: over 100 ms, against Ray Data's 10 ms a task
+# Windows of a task together, in units of 100 ms. Ray Data takes 10 ms for a task and up to 0.1 s to
+# see that it has ended. The first tasks are short, so that the first windows come from all of them.
+FIRST_TASK_COST = 1.0
+TASK_COST = 16.0
 WINDOWS_PER_TASK = 16  # at most
+WINDOWS_AHEAD = 2  # taken out of Ray Data before the worker needs them
 OBJECT_STORE_BYTES = 1 << 30  # how far the tasks may run ahead, a rank
 SEGMENT_WINDOWS = 4096  # of one execution of Ray Data
 FIRST_SEGMENT_WINDOWS = 256  # counted before the first window comes
@@ -61,7 +67,7 @@ def stream_slots(
     Closing the iterator ends its tasks. Raises ShardError as `read_slots` does, StreamError where
     a window is not the one that the plan expects.
     """
-    tables = iter(_windows(run_data, start, stop, rank, world))
+    tables = _taken_ahead(_windows(run_data, start, stop, rank, world))
 
     def pull(key: WindowKey) -> PackedWindow:
         table = next(tables, None)
@@ -103,6 +109,13 @@ def _cell(array: np.ndarray) -> pa.Array:
     return pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, pa.py_buffer(array)])
 
 
+def _values(cell: pa.Array, dtype: type[np.generic]) -> np.ndarray:
+    """Inverse of `_cell`, a view: a scalar taken from an Arrow array is a copy."""
+    _, offsets, data = cell.buffers()
+    begin, end = np.frombuffer(offsets, np.int64)[cell.offset : cell.offset + 2]
+    return np.frombuffer(data, np.uint8)[begin:end].view(dtype)
+
+
 def _unpack(table: pa.Table, expected: WindowTask) -> PackedWindow:
     """The window in `table` without a copy, once its header is what the plan says."""
     header = json.loads(table["header"][0].as_py())
@@ -113,9 +126,7 @@ def _unpack(table: pa.Table, expected: WindowTask) -> PackedWindow:
         raise StreamError(f"the stream brought {found} where {expected.key} was expected")
     if header["digest"] != expected.digest:
         raise StreamError(f"{found} came with other rows than were indexed")
-    arrays = {
-        name: np.frombuffer(table[name][0].as_buffer(), dtype) for name, dtype in _ARRAYS.items()
-    }
+    arrays = {name: _values(table[name].chunk(0), dtype) for name, dtype in _ARRAYS.items()}
     arrays["sequences"] = arrays["sequences"].reshape(-1, expected.sequence_length + 1)
     content = arrays.pop("content")
     if expected.media is not None:
@@ -126,7 +137,22 @@ def _unpack(table: pa.Table, expected: WindowTask) -> PackedWindow:
     return PackedWindow(**arrays, report=report)
 
 
-def _windows(run_data: RunData, start: int, stop: int, rank: int, world: int) -> Iterator[pa.Table]:
+def _taken_ahead(tables: Generator[pa.Table]) -> Generator[pa.Table]:
+    """The tables, the next ones fetched by a thread meanwhile."""
+    pool = ThreadPoolExecutor(1)
+    try:
+        fetched = deque(pool.submit(next, tables, None) for _ in range(WINDOWS_AHEAD))
+        while (table := fetched.popleft().result()) is not None:
+            fetched.append(pool.submit(next, tables, None))
+            yield table
+    finally:
+        pool.shutdown(cancel_futures=True)
+        tables.close()
+
+
+def _windows(
+    run_data: RunData, start: int, stop: int, rank: int, world: int
+) -> Generator[pa.Table]:
     """A table of one row a window, in the order of the plan.
 
     Segment by segment, because an executor of Ray Data keeps some kB of every window for its life;
@@ -189,15 +215,15 @@ def _stream_segment(
     run_data: RunData, segment: _Segment, rank: int, world: int
 ) -> Iterator[pa.Table]:
     def list_tasks(_: pa.Table) -> Iterator[pa.Table]:
-        batch, cost = [], 0.0
+        batch, cost, full = [], 0.0, FIRST_TASK_COST
         span = (segment.start, segment.stop, rank, world)
         plan = run_data.plan.with_states(segment.states)
         for key in plan.windows(*span, dict(segment.held)):
             batch.append(run_data.task(key))
             cost += batch[-1].cost
-            if cost >= TASK_COST or len(batch) == windows_per_task:
+            if cost >= full or len(batch) == windows_per_task:
                 yield pa.table({"tasks": [pickle.dumps(batch)]})
-                batch, cost = [], 0.0
+                batch, cost, full = [], 0.0, min(2 * full, TASK_COST)
         if batch:
             yield pa.table({"tasks": [pickle.dumps(batch)]})
 

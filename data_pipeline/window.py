@@ -11,10 +11,10 @@ from data_pipeline.plan import WindowKey
 from data_pipeline.read import read_media_segments, read_segments
 from data_pipeline.row_id import join_digests, media_row_ids
 
-# Read, decoded and packed in about 100 ms by one core, whichever of the last two is reached first.
+# Read, decoded and packed in about 100 ms by one core; of media whichever is reached first.
 TEXT_BYTES_PER_COST = 16 << 20
 STORED_BYTES_PER_COST = 2 << 20
-PACKED_BYTES_PER_COST = 16 << 20
+PACKED_BYTES_PER_COST = {"image": 16 << 20, "audio": 16 << 20, "video": 2 << 20}
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class WindowTask:
             return stored / TEXT_BYTES_PER_COST
         layout = layout_of(self.media)
         packed = sum(s.rows for s in self.segments) * layout.places * layout.place_bytes
-        return max(stored / STORED_BYTES_PER_COST, packed / PACKED_BYTES_PER_COST)
+        return max(stored / STORED_BYTES_PER_COST, packed / PACKED_BYTES_PER_COST[self.modality])
 
     def row_places(self) -> dict[int, tuple[str, int]]:
         """Shard and number of each row by its id, as the index counts rows. Reads the rows."""

@@ -2,9 +2,13 @@
 
 import json
 import pickle
+import threading
 import time
 from contextlib import nullcontext
+from itertools import islice
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import ray
 
@@ -161,6 +165,39 @@ def test_a_restart_in_the_middle_goes_on_alike(data):
     begun.close()
     rest = list(stream_slots(data, 17, 40, 0, 1))
     assert_same_slots(first + rest, read_slots(data, 0, 40, 0, 1))
+
+
+def test_windows_are_fetched_while_the_worker_computes():
+    """In order, no more than a few of them; closing ends what fetches them."""
+    begun, ended = [], threading.Event()
+
+    def tables():
+        try:
+            for number in range(100):
+                begun.append(number)
+                yield number
+        finally:
+            ended.set()
+
+    taken = stream._taken_ahead(tables())
+    assert next(taken) == 0
+    deadline = time.monotonic() + 10
+    while len(begun) < 1 + stream.WINDOWS_AHEAD:
+        assert time.monotonic() < deadline, "nothing is fetched before it is asked for"
+        time.sleep(0.001)
+    assert list(islice(taken, 20)) == list(range(1, 21))
+    assert len(begun) <= 21 + stream.WINDOWS_AHEAD
+    taken.close()
+    assert ended.is_set()
+
+
+def test_arrays_are_seen_where_they_lie():
+    """A copy of a window costs the training thread 17 ms."""
+    first, second = np.arange(1000), np.arange(7)
+    cell = stream._cell(first)
+    assert np.shares_memory(stream._values(cell, np.int64), first)
+    both = pa.concat_arrays([cell, stream._cell(second)])
+    assert stream._values(both[1:], np.int64).tolist() == second.tolist()
 
 
 def reversed_tasks():
