@@ -8,9 +8,10 @@ away costs the run nothing; what it misses is sent later.
 import shutil
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
 import pyarrow as pa
@@ -121,8 +122,17 @@ class Mirror:
                 except FileNotFoundError:  # a checkpoint that was dropped meanwhile
                     continue
                 self._sent[name] = version
-        gone = [n for n in _listed(store, root) if n not in files and n.startswith(CHECKPOINTS)]
-        for name in sorted(gone, key=_manifest_last, reverse=True):  # here it goes first
+        self._drop_old(store, root, files)
+
+    def _drop_old(self, store: fs.FileSystem, root: str, files: Mapping[str, Any]) -> None:
+        """Drops checkpoints that this disk has replaced by later ones: not those that it lost."""
+        newest = max((name for name in files if name.startswith(f"{CHECKPOINTS}/")), default="")
+        old = [
+            name
+            for name in _listed(store, root)
+            if name not in files and name.startswith(f"{CHECKPOINTS}/") and name < newest
+        ]
+        for name in sorted(old, key=_manifest_last, reverse=True):  # here it goes first
             store.delete_file(f"{root}/{name}")
             self._sent.pop(name, None)
 
@@ -131,9 +141,8 @@ class Mirror:
         found = {}
         for path in self._folder.rglob("*"):
             name = path.relative_to(self._folder)
-            if name.parts[0] in self._stays_here or any(
-                part.startswith(".") for part in name.parts
-            ):
+            is_hidden = any(part.startswith(".") for part in name.parts)
+            if is_hidden or name.parts[0] in self._stays_here:
                 continue
             try:
                 if path.is_file():

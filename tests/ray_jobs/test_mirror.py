@@ -122,8 +122,22 @@ def test_the_manifest_is_sent_last_and_dropped_first(quick, tmp_path, monkeypatc
     assert order == [TENSORS, CONFIG, MANIFEST] or order == [CONFIG, TENSORS, MANIFEST]
     order.clear()
     shutil.rmtree(config.folder / CHECKPOINTS)
+    add_checkpoint(config, 2)
     Mirror(config).close()
     assert order[-2:] == [MANIFEST, TENSORS]
+
+
+def test_a_disk_that_is_lost_under_the_run_takes_nothing_from_the_store(quick, tmp_path):
+    config = make_config(tmp_path, f"file://{tmp_path}/store")
+    begin_run(config)
+    add_checkpoint(config, 1)
+    sender = Mirror(config)
+    wait_for((tmp_path / "store/a run" / CHECKPOINTS / "step-00000001" / MANIFEST).exists)
+    shutil.rmtree(config.folder)
+    time.sleep(0.1)
+    sender.close()
+    fetch(config)
+    assert (config.folder / CHECKPOINTS / "step-00000001" / TENSORS).exists()
 
 
 def test_a_store_that_is_away_is_told_of_once_and_gets_everything_later(quick, tmp_path, capsys):
