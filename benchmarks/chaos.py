@@ -175,10 +175,10 @@ class Run:
                 after_kill()
             if victim.pid == self._driver.pid:
                 self._driver.wait()
-        while self._look() < self.config.steps or self._driver.poll() is None:
+        while self._driver.poll() != 0:  # a kill may come after the last step, too
             self._ensure_running()
             self._await_progress()
-        assert self._driver.wait() == 0, self._tail()
+        assert self._look() == self.config.steps, self._tail()
 
     def _start(self) -> None:
         self.left_behind += end_all()
