@@ -233,7 +233,7 @@ def measure_wait(options: argparse.Namespace) -> dict[str, Any]:
     with local_ray():
         for name, weights in {"image": {"image": 1.0}, "mix": MIX}.items():
             slots = stream(timed_data(options.data, weights, DECODE_TASKS))
-            run(slots, WARM_UP_S)
+            run(slots, 2 * WARM_UP_S)
             rows[name] = {"weights": weights, **run(slots, 2 * options.seconds)}
             slots.close()
     return rows

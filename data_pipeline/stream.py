@@ -34,13 +34,13 @@ from data_pipeline.plan import Held, Plan, WindowKey
 from data_pipeline.run_data import RunData, slots_from
 from data_pipeline.window import WindowTask
 
-# Windows of a task together, in units of 100 ms. Ray Data takes 10 ms for a task and up to 0.1 s to
-# see that it has ended. The first tasks are short, so that the first windows come from all of them.
-FIRST_TASK_COST = 1.0
-TASK_COST = 16.0
-WINDOWS_PER_TASK = 16  # at most
-WINDOWS_AHEAD = 2  # taken out of Ray Data before the worker needs them
 OBJECT_STORE_BYTES = 1 << 30  # how far the tasks may run ahead, a rank
+# Ray Data takes 10 ms for a task and up to 0.1 s to see that it has ended, so a task has many
+# windows. But what all tasks have to give waits for the first of them, so it has to fit the store.
+TASK_COST = 10  # at most, of 100 ms each; the n-th task has n, so that the first windows come soon
+TASK_BYTES = OBJECT_STORE_BYTES // 8
+WINDOWS_PER_TASK = 16
+WINDOWS_AHEAD = 2  # taken out of Ray Data before the worker needs them
 SEGMENT_WINDOWS = 4096  # of one execution of Ray Data
 FIRST_SEGMENT_WINDOWS = 256  # counted before the first window comes
 SEGMENT_STEPS = 16  # a segment has a multiple of these
@@ -215,15 +215,16 @@ def _stream_segment(
     run_data: RunData, segment: _Segment, rank: int, world: int
 ) -> Iterator[pa.Table]:
     def list_tasks(_: pa.Table) -> Iterator[pa.Table]:
-        batch, cost, full = [], 0.0, FIRST_TASK_COST
+        batch, filled, cost = [], 0.0, 1
         span = (segment.start, segment.stop, rank, world)
         plan = run_data.plan.with_states(segment.states)
         for key in plan.windows(*span, dict(segment.held)):
-            batch.append(run_data.task(key))
-            cost += batch[-1].cost
-            if cost >= full or len(batch) == windows_per_task:
+            task = run_data.task(key)
+            batch.append(task)
+            filled += max(task.cost / cost, task.packed_bytes / TASK_BYTES, 1 / windows_per_task)
+            if filled >= 1:
                 yield pa.table({"tasks": [pickle.dumps(batch)]})
-                batch, cost, full = [], 0.0, min(2 * full, TASK_COST)
+                batch, filled, cost = [], 0.0, min(cost + 1, TASK_COST)
         if batch:
             yield pa.table({"tasks": [pickle.dumps(batch)]})
 

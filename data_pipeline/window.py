@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from data_pipeline.format.shard import Columns
 from data_pipeline.layout import MediaConfig, layout_of
 from data_pipeline.manifest import Segment
@@ -43,9 +45,16 @@ class WindowTask:
         stored = sum(segment.num_bytes for segment in self.segments)
         if self.media is None:
             return stored / TEXT_BYTES_PER_COST
+        packed = self.packed_bytes / PACKED_BYTES_PER_COST[self.modality]
+        return max(stored / STORED_BYTES_PER_COST, packed)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Of symbols or content, whichever are many."""
+        if self.media is None:
+            return sum(segment.symbols for segment in self.segments) * np.uint16().itemsize
         layout = layout_of(self.media)
-        packed = sum(s.rows for s in self.segments) * layout.places * layout.place_bytes
-        return max(stored / STORED_BYTES_PER_COST, packed / PACKED_BYTES_PER_COST[self.modality])
+        return sum(segment.rows for segment in self.segments) * layout.places * layout.place_bytes
 
     def row_places(self) -> dict[int, tuple[str, int]]:
         """Shard and number of each row by its id, as the index counts rows. Reads the rows."""
