@@ -38,7 +38,7 @@ OBJECT_STORE_BYTES = 1 << 30  # how far the tasks may run ahead, a rank
 # Ray Data takes 10 ms for a task and up to 0.1 s to see that it has ended, so a task has many
 # windows. But what all tasks have to give waits for the first of them, so it has to fit the store.
 TASK_COST = 10  # at most, of 100 ms each; the n-th task has n, so that the first windows come soon
-TASK_BYTES = OBJECT_STORE_BYTES // 8
+TASK_BYTES = OBJECT_STORE_BYTES // 32
 WINDOWS_PER_TASK = 16
 WINDOWS_AHEAD = 2  # taken out of Ray Data before the worker needs them
 SEGMENT_WINDOWS = 4096  # of one execution of Ray Data
