@@ -1,6 +1,8 @@
 """Do pictures, sound and film follow their captions, and captions their pictures?
 
-    python -m benchmarks.media prepare --out rows.safetensors [data.key=value ...]
+    python -m data_pipeline.sample --out shards --times 4
+    python -m benchmarks.media prepare --out rows.safetensors data.sources.audio.path=shards/audio \\
+        data.sources.image.path=shards/image
     python -m benchmarks.media train --rows rows.safetensors --sources image --out image
     python -m benchmarks.media train --rows rows.safetensors --sources image --control --out float
     python -m benchmarks.media mixed --rows rows.safetensors --steps 2000 --out mixed
@@ -79,6 +81,7 @@ def parse() -> argparse.Namespace:
     mixing.add_argument("--only", nargs="+", choices=["all", *MODALITIES])
     for command in (training, mixing):
         _add_training(command)
+        command.set_defaults(compile=False)  # PyTorch 2.11 cannot compile the heads of pictures
     return parser.parse_args()
 
 
@@ -101,7 +104,6 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=int, default=2)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--backend", default="auto")
-    add("--compile", action="store_true", help="torch.compile the control")
 
 
 def model_config(

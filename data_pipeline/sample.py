@@ -3,7 +3,7 @@
 Nothing is downloaded: prose and code are the running Python's standard library, pictures and
 sounds are drawn here. The same Python with the same libraries gives the same bytes.
 
-    python -m data_pipeline.sample --out DIR
+    python -m data_pipeline.sample --out DIR [--times N]
 """
 
 import argparse
@@ -16,15 +16,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from arbitor.errors import UserError
-from arbitor.modality import MODALITIES
+from arbitor.modality import BYTE_MODALITIES, MODALITIES
 
 SAMPLE_PREFIX = "sample://"
 NUM_SHARDS = 3
 ROWS_PER_GROUP = {"text": 16, "code": 16, "image": 64, "audio": 32, "video": 32}
 
 
-def ensure_sample(modality: str, folder: Path) -> Path:
+def ensure_sample(modality: str, folder: Path, times: int = 1) -> Path:
     """The folder of `modality`'s sample shards under `folder`, made if it is not there yet.
+
+    Of pictures, sounds and film it is made with `times` as many rows.
 
     Raises UserError for a modality without a sample.
     """
@@ -37,7 +39,8 @@ def ensure_sample(modality: str, folder: Path) -> Path:
         with tempfile.TemporaryDirectory(prefix=".", dir=folder) as temporary:
             partial = Path(temporary) / modality
             # Imported when needed: the encoders of one modality are of no use to another.
-            rows = import_module(f"data_pipeline.sample_rows.{modality}").rows()
+            module = import_module(f"data_pipeline.sample_rows.{modality}")
+            rows = module.rows() if modality in BYTE_MODALITIES else module.rows(times)
             _write_shards(rows, partial, ROWS_PER_GROUP[modality])
             _publish(partial, complete)
     return complete
@@ -49,10 +52,16 @@ def sample_command(words: list[str]) -> int:
         description="Writes small shards of all five modalities; those that are there stay.",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
-    out = parser.parse_args(words).out
+    parser.add_argument(
+        "--times", type=int, default=1, help="so many times as many pictures, sounds and films"
+    )
+    options = parser.parse_args(words)
+    out, times = options.out, options.times
+    if times < 1:
+        raise UserError(f"--times: expected at least 1, got {times}")
     for modality in MODALITIES:
         try:
-            shards = sorted(ensure_sample(modality, out).iterdir())
+            shards = sorted(ensure_sample(modality, out, times).iterdir())
         except OSError as error:
             raise UserError(
                 f"--out {out}: cannot be written to ({error.strerror}); name a folder"

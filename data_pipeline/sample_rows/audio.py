@@ -20,8 +20,9 @@ VOWELS = {"ah": (730, 1090, 2440), "ee": (270, 2290, 3010), "oo": (300, 870, 224
 CHORD = (1.0, 1.25, 1.5)
 
 
-def rows() -> pa.Table:
-    clips = balanced(COUNT, interleaved(list(KINDS), list(HEIGHTS)), key="audio")
+def rows(times: int = 1) -> pa.Table:
+    """`times` as many rows as the sample has."""
+    clips = balanced(times * COUNT, interleaved(list(KINDS), list(HEIGHTS)), key="audio")
     sounds, transcripts = [], []
     for i, ((kind, height),) in enumerate(clips):
         chance = uniforms(8, "audio", i)
@@ -29,7 +30,7 @@ def rows() -> pa.Table:
         sound, words = KINDS[kind](time, HEIGHTS[height] * (0.9 + 0.2 * chance[1]), chance[2:])
         sounds.append(_encode(_fade(sound)))
         transcripts.append(words.format(height=height))
-    return media_table("audio", "flac", sounds, transcripts, sampling_rate=[RATE] * COUNT)
+    return media_table("audio", "flac", sounds, transcripts, sampling_rate=[RATE] * len(clips))
 
 
 def _rising(time: np.ndarray, height: float, chance: np.ndarray) -> tuple[np.ndarray, str]:

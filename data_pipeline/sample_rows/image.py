@@ -13,9 +13,10 @@ COUNT = 3240  # each pair of colours, shapes and a relation three times
 RELATIONS = {"above": (0, -1), "below": (0, 1), "left of": (-1, 0), "right of": (1, 0)}
 
 
-def rows() -> pa.Table:
+def rows(times: int = 1) -> pa.Table:
+    """`times` as many rows as the sample has."""
     pairs = [(a, b) for a in COLOURS for b in COLOURS if a != b]
-    scenes = balanced(COUNT, list(RELATIONS), pairs, SHAPES, SHAPES, key="image")
+    scenes = balanced(times * COUNT, list(RELATIONS), pairs, SHAPES, SHAPES, key="image")
     captions = [f"a {a} {first} {side} a {b} {second}" for side, (a, b), first, second in scenes]
     return media_table("image", "jpg", [_scene(i, *row) for i, row in enumerate(scenes)], captions)
 

@@ -17,8 +17,10 @@ NUM_FRAMES = 16
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
 
-def rows() -> pa.Table:
-    scenes = balanced(COUNT, interleaved(list(DIRECTIONS), list(COLOURS)), SHAPES, key="video")
+def rows(times: int = 1) -> pa.Table:
+    """`times` as many rows as the sample has."""
+    pairs = interleaved(list(DIRECTIONS), list(COLOURS))
+    scenes = balanced(times * COUNT, pairs, SHAPES, key="video")
     captions = [f"a {colour} {shape} moves {direction}" for (direction, colour), shape in scenes]
     videos = [_encode(_frames(i, *row)) for i, row in enumerate(scenes)]
     return media_table("video", "mp4", videos, captions)

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from arbitor.errors import UserError
 from arbitor.modality import BYTE_MODALITIES, MODALITIES
 from data_pipeline import sample
 from data_pipeline.run_data import held_out_slots, read_slots
@@ -68,6 +69,8 @@ def test_a_complete_folder_is_reused_and_a_partial_one_is_never_seen(folder, tmp
 
 
 def test_the_command_prints_what_it_wrote(folder, capsys):
+    with pytest.raises(UserError, match="--times: expected at least 1, got 0"):
+        sample.sample_command(["--out", str(folder), "--times", "0"])
     assert sample.sample_command(["--out", str(folder)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 15 and all("rows" in line for line in lines)
