@@ -38,9 +38,10 @@ from benchmarks.data_shards import ABOUT, small_windows, timed_data
 from benchmarks.timing import environment
 from data_pipeline.index import index_sources
 from data_pipeline.pack import PackedSlot, slice_micro_batch
-from data_pipeline.run_data import RunData
+from data_pipeline.run_data import RunData, read_slots
 from data_pipeline.stream import stream_slots
 from ray_jobs.config import load_run_config
+from ray_jobs.slots import begin as start_slots
 
 DECODE_TASKS = 3
 LOADER_WORKERS = 2
@@ -281,7 +282,8 @@ def first_slot(data: RunData) -> float:
 
         def first(self, data: RunData) -> float:
             begin = time.monotonic()
-            next(stream_slots(data, 0, 1000, 0, 1))
+            span = (data, 0, 1000, 0, 1)
+            next(start_slots(stream_slots(*span), read_slots(*span)))
             return time.monotonic() - begin
 
     worker = ray.remote(num_cpus=1)(Worker).remote()
