@@ -207,8 +207,14 @@ def slice_micro_batch(window: PackedWindow, index: int, batch_size: int) -> tupl
     end = np.minimum(begin + sequence_length, window.row_starts[-1])
     first = np.searchsorted(window.row_starts, begin, side="right") - 1
     last = np.searchsorted(window.row_starts, end, side="left")
-    touched = [np.arange(i, j) for i, j in zip(first, last, strict=True)]
-    return symbols, window.row_ids[np.unique(np.concatenate(touched))], content
+    return symbols, window.row_ids[np.unique(_ranges(first, last))], content
+
+
+def _ranges(first: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """The numbers first[i] .. last[i] - 1 of every i, one after the other."""
+    counts = last - first
+    offsets = np.cumsum(counts) - counts
+    return np.arange(counts.sum()) + np.repeat(first - offsets, counts)
 
 
 def _next_good(good: np.ndarray) -> np.ndarray:

@@ -168,7 +168,8 @@ def slots_from(
 ) -> Iterator[PackedSlot]:
     """Walks the plan and slices; `pull` is called for the windows of `Plan.windows`, in order."""
     held: dict[tuple[str, int], tuple[WindowKey, PackedWindow]] = {}
-    for place in run_data.plan.walk(start, stop, rank, world):
+    plan = run_data.plan.with_states(run_data.states)  # this thread's own
+    for place in plan.walk(start, stop, rank, world):
         lane = (place.source, place.slot)
         key = WindowKey(*lane, place.epoch, place.window)
         opened = None
@@ -177,7 +178,7 @@ def slots_from(
             window = pull(key)
             opened = window.report
             if window.is_empty:
-                window = _substitute(run_data, key)
+                window = _substitute(run_data, plan, key)
             held[lane] = (key, window)
         window = held[lane][1]
         slot = (place.step, place.slot, place.source)
@@ -204,12 +205,12 @@ def held_out_slots(run_data: RunData, source: str) -> list[PackedSlot]:
     return slots
 
 
-def _substitute(run_data: RunData, key: WindowKey) -> PackedWindow:
+def _substitute(run_data: RunData, plan: Plan, key: WindowKey) -> PackedWindow:
     """What a lane reads in the place of a window without a good row: the next in the epoch's order.
 
     Read here and now, because it hardly ever happens. Its faults are told where the plan reads it.
     """
-    for window in run_data.plan.windows_after(key):
+    for window in plan.windows_after(key):
         packed, _ = run_data.task(key._replace(window=window)).read()
         if not packed.is_empty:
             return packed

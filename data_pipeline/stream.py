@@ -3,9 +3,9 @@
 `stream_slots` is the front door. Inside the train function of each worker, so that restarts and
 resizes need no coordinator: window tasks in order of first use, generated lazily ->
 `decode_windows` in a few parallel tasks,
-one row a window -> a thread of the worker takes the next few out of Ray Data -> the worker keeps
-each lane's window and slices it as the plan walks. Every window that arrives is checked against the
-plan, in case the order or the content is not the plan's.
+one row a window -> a thread of the worker keeps each lane's window and slices it as the plan walks,
+a few slots ahead. Every window that arrives is checked against the plan, in case the order or the
+content is not the plan's.
 
 The options here are not Ray's defaults; each of them was found necessary (order, one window a
 block, no wait for CPUs that the trainers hold).
@@ -40,7 +40,8 @@ OBJECT_STORE_BYTES = 1 << 30  # how far the tasks may run ahead, a rank
 TASK_COST = 10  # at most, of 100 ms each; the n-th task has n, so that the first windows come soon
 TASK_BYTES = OBJECT_STORE_BYTES // 32
 WINDOWS_PER_TASK = 16
-WINDOWS_AHEAD = 2  # taken out of Ray Data before the worker needs them
+WINDOWS_AHEAD = 2  # opened by slots that the worker does not need yet
+SLOTS_TOGETHER = 64  # handed over at a time, if no window has to be opened for them
 SEGMENT_WINDOWS = 4096  # of one execution of Ray Data
 FIRST_SEGMENT_WINDOWS = 256  # counted before the first window comes
 SEGMENT_STEPS = 16  # a segment has a multiple of these
@@ -67,7 +68,45 @@ def stream_slots(
     Closing the iterator ends its tasks. Raises ShardError as `read_slots` does, StreamError where
     a window is not the one that the plan expects.
     """
-    tables = _taken_ahead(_windows(run_data, start, stop, rank, world))
+    yield from _made_ahead(_slots(run_data, start, stop, rank, world))
+
+
+def _made_ahead(slots: Generator[PackedSlot]) -> Generator[PackedSlot]:
+    """The slots, the next ones made by a thread meanwhile."""
+    pool = ThreadPoolExecutor(1)
+    try:
+        made = deque(pool.submit(_next_slots, slots) for _ in range(WINDOWS_AHEAD))
+        while True:
+            some, error = made.popleft().result()
+            if not some and error is None:
+                return
+            made.append(pool.submit(_next_slots, slots))
+            while some:
+                yield some.popleft()
+            if error is not None:
+                raise error
+    finally:
+        pool.shutdown(cancel_futures=True)
+        slots.close()
+
+
+def _next_slots(slots: Iterator[PackedSlot]) -> tuple[deque[PackedSlot], Exception | None]:
+    """Those up to the next that opens a window, and what went wrong after them."""
+    some: deque[PackedSlot] = deque()
+    try:
+        for slot in slots:
+            some.append(slot)
+            if slot.opened is not None or len(some) == SLOTS_TOGETHER:
+                break
+    except Exception as error:
+        return some, error
+    return some, None
+
+
+def _slots(
+    run_data: RunData, start: int, stop: int, rank: int, world: int
+) -> Generator[PackedSlot]:
+    tables = _windows(run_data, start, stop, rank, world)
 
     def pull(key: WindowKey) -> PackedWindow:
         table = next(tables, None)
@@ -135,19 +174,6 @@ def _unpack(table: pa.Table, expected: WindowTask) -> PackedWindow:
     rows, faults, truncated = header["report"]
     report = WindowReport(rows, tuple(Fault(*fault) for fault in faults), truncated)
     return PackedWindow(**arrays, report=report)
-
-
-def _taken_ahead(tables: Generator[pa.Table]) -> Generator[pa.Table]:
-    """The tables, the next ones fetched by a thread meanwhile."""
-    pool = ThreadPoolExecutor(1)
-    try:
-        fetched = deque(pool.submit(next, tables, None) for _ in range(WINDOWS_AHEAD))
-        while (table := fetched.popleft().result()) is not None:
-            fetched.append(pool.submit(next, tables, None))
-            yield table
-    finally:
-        pool.shutdown(cancel_futures=True)
-        tables.close()
 
 
 def _windows(

@@ -54,12 +54,13 @@ def decode_audio(content: bytes, config: AudioConfig) -> np.ndarray:
         _check_header(file)
         wanted = min(file.frames, math.ceil(config.seconds_max * file.samplerate))
         samples = file.read(wanted, dtype="float32", always_2d=True)
-        mono = samples.mean(axis=1)
+        mono = samples[:, 0] if file.channels == 1 else samples.mean(axis=1)  # each takes its time
         if _ends_early(file, content, len(mono) < wanted) or not len(mono):
             raise ContentError("ends early")
         if not np.isfinite(mono).all():
             raise ContentError("a sample is not a finite number")
-        mono = soxr.resample(mono, file.samplerate, SAMPLING_RATE)
+        if file.samplerate != SAMPLING_RATE:
+            mono = soxr.resample(mono, file.samplerate, SAMPLING_RATE)
     return np.clip(mono[: math.ceil(config.seconds_max * SAMPLING_RATE)], -1, 1)
 
 

@@ -14,6 +14,7 @@ import ray
 
 from data_pipeline import stream
 from data_pipeline.files import ShardError
+from data_pipeline.pack import PackedSlot, WindowReport
 from data_pipeline.plan import WindowKey
 from data_pipeline.run_data import read_slots
 from data_pipeline.schema import SourceConfig
@@ -167,28 +168,44 @@ def test_a_restart_in_the_middle_goes_on_alike(data):
     assert_same_slots(first + rest, read_slots(data, 0, 40, 0, 1))
 
 
-def test_windows_are_fetched_while_the_worker_computes():
-    """In order, no more than a few of them; closing ends what fetches them."""
+def test_slots_are_made_while_the_worker_computes():
+    """In order, no more than a few windows' and a few slots; closing ends what makes them."""
     begun, ended = [], threading.Event()
 
-    def tables():
+    def slots():
         try:
-            for number in range(100):
+            for number in range(10_000):
                 begun.append(number)
-                yield number
+                opened = WindowReport() if number < 8 or number % 100 == 0 else None
+                yield PackedSlot(0, number, "text", "text", None, None, opened=opened)
         finally:
             ended.set()
 
-    taken = stream._taken_ahead(tables())
-    assert next(taken) == 0
-    deadline = time.monotonic() + 10
-    while len(begun) < 1 + stream.WINDOWS_AHEAD:
-        assert time.monotonic() < deadline, "nothing is fetched before it is asked for"
-        time.sleep(0.001)
-    assert list(islice(taken, 20)) == list(range(1, 21))
-    assert len(begun) <= 21 + stream.WINDOWS_AHEAD
-    taken.close()
+    def until(condition):
+        deadline = time.monotonic() + 10
+        while not condition():
+            assert time.monotonic() < deadline, "nothing is made before it is asked for"
+            time.sleep(0.001)
+
+    made = stream._made_ahead(slots())
+    assert next(made).slot == 0
+    until(lambda: len(begun) == 1 + stream.WINDOWS_AHEAD)
+    assert [slot.slot for slot in islice(made, 500)] == list(range(1, 501))
+    assert len(begun) <= 501 + (1 + stream.WINDOWS_AHEAD) * stream.SLOTS_TOGETHER
+    made.close()
     assert ended.is_set()
+
+
+def test_what_is_wrong_with_a_slot_comes_after_those_before_it():
+    def slots():
+        yield from (PackedSlot(0, i, "text", "text", None, None) for i in range(100))
+        raise StreamError("no more")
+
+    found, made = [], stream._made_ahead(slots())
+    with pytest.raises(StreamError, match="no more"):
+        for slot in made:
+            found.append(slot.slot)
+    assert found == list(range(100))
 
 
 def test_arrays_are_seen_where_they_lie():

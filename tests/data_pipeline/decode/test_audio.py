@@ -59,6 +59,13 @@ def test_loud_float_samples_are_cut_and_infinite_ones_refused():
     refused(decode_audio, encode_audio(wave, 16_000, "WAV", "FLOAT"), CONFIG, "finite")
 
 
+@pytest.mark.parametrize("channels", [1, 2])
+def test_samples_at_the_rate_wanted_are_those_of_the_file(channels):
+    content = encode_audio(tone(16_000, 1, channels), 16_000, "WAV", "FLOAT")
+    expected = tone(16_000)[:, 0].astype(np.float32)
+    assert decode_audio(content, CONFIG).tobytes() == expected.tobytes()
+
+
 @pytest.mark.parametrize(("kind", "subtype"), [*FORMATS, ("OGG", "OPUS")])
 def test_truncated_and_flipped_content_is_refused_or_decoded(kind, subtype):
     content = encode_audio(tone(16_000), 16_000, kind, subtype)
