@@ -1,8 +1,8 @@
 """Do pictures, sound and film follow their captions, and captions their pictures?
 
     python -m data_pipeline.sample --out shards --times 4
-    python -m benchmarks.media prepare --out rows.safetensors data.sources.audio.path=shards/audio \\
-        data.sources.image.path=shards/image
+    python -m benchmarks.media prepare --out rows.safetensors \\
+        data.sources.audio.path=shards/audio data.sources.image.path=shards/image
     python -m benchmarks.media train --rows rows.safetensors --sources image --out image
     python -m benchmarks.media train --rows rows.safetensors --sources image --control --out float
     python -m benchmarks.media mixed --rows rows.safetensors --steps 2000 --out mixed
