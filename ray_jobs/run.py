@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -151,11 +152,18 @@ def say_finished(config: RunConfig, done: int) -> None:
 
 
 def announce(config: RunConfig, done: int) -> None:
-    """Says what a folder that was used before means; a run that saves nothing starts over in it."""
-    if not config.save:
+    """Says what a folder that was used before means.
+
+    A run that saves nothing starts over in it, and so does one whose configuration was mended
+    before its first step.
+    """
+    path = config.folder / CONFIG
+    mended = path.exists() and changes_of(
+        configuration_there(config.folder), dict(flatten(config.values()))
+    )
+    if not config.save or mended:
         for name in (JOURNAL, NOTE):
             (config.folder / name).unlink(missing_ok=True)
-    path = config.folder / CONFIG
     if path.exists() and (before := read_yaml(path)["steps"]) != config.steps:
         note_change(config, f"{config.steps} steps instead of {before}")
     last = max((record.step for record in JournalReader(config.folder).read()), default=0)
@@ -172,25 +180,38 @@ def note_change(config: RunConfig, what: str) -> None:
 
 
 def steps_done(config: RunConfig) -> int:
-    """How far the run in this folder is; refuses a folder that belongs to another configuration."""
-    path = config.folder / CONFIG
-    if not path.exists():
+    """How far the run in this folder is; refuses a folder where another configuration trained."""
+    if not has_trained(config.folder):
         return 0
-    before = dict(flatten(build(RunConfig, read_yaml(path)).values()))
-    now = dict(flatten(config.values()))
+    before, now = configuration_there(config.folder), dict(flatten(config.values()))
     refuse_unbuilt(before, now, str(config.folder))
-    changed = [
-        f"{key} {before.get(key)!r} -> {now.get(key)!r}"
-        for key in sorted(before | now)
-        if before.get(key) != now.get(key) and not key.startswith(_MAY_CHANGE)
-    ]
-    if changed:
+    if changed := changes_of(before, now):
         raise UserError(
             f"{config.folder}: holds a run of another configuration ({'; '.join(changed)});"
             " give --run another name, or delete the folder"
         )
     newest = newest_checkpoint(config.folder / CHECKPOINTS)
     return read_manifest(newest).step if newest else 0
+
+
+def has_trained(folder: Path) -> bool:
+    """Whether a run of this folder recorded a step or saved a checkpoint."""
+    traces = chain((folder / CHECKPOINTS).glob("step-*"), JournalReader(folder).read())
+    return (folder / CONFIG).exists() and any(True for _ in traces)
+
+
+def configuration_there(folder: Path) -> dict[str, Any]:
+    """The flattened configuration of the folder's last attempt."""
+    return dict(flatten(build(RunConfig, read_yaml(folder / CONFIG)).values()))
+
+
+def changes_of(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between flattened configurations and makes another run."""
+    return [
+        f"{key} {before.get(key)!r} -> {now.get(key)!r}"
+        for key in sorted(before | now)
+        if before.get(key) != now.get(key) and not key.startswith(_MAY_CHANGE)
+    ]
 
 
 def end_with_data(config: RunConfig, data: RunData) -> RunConfig:

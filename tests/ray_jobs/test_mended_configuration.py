@@ -1,0 +1,48 @@
+"""A run that failed before its first step gives its name to the mended configuration."""
+
+from contextlib import closing
+from dataclasses import replace
+
+import pytest
+
+from arbitor.errors import UserError
+from arbitor.settings import build, write_yaml
+from ray_jobs.config import CONFIG, RunConfig
+from ray_jobs.construction import with_needed_parts
+from ray_jobs.journal import Journal
+from ray_jobs.run import announce, steps_done
+from ray_jobs.tracking import NOTE
+
+
+@pytest.fixture
+def failed(tmp_path):
+    """The configuration of a run that never made a step, in the folder that it left."""
+    sources = {"text": {"modality": "text", "path": "sample://text"}}
+    values = {"name": "failed", "storage": str(tmp_path), "data": {"sources": sources}}
+    config = with_needed_parts(build(RunConfig, values))
+    config.folder.mkdir(parents=True)
+    (config.folder / CONFIG).write_text(write_yaml(config.values()))
+    (config.folder / NOTE).write_text('{"run_id": "1", "status": "FAILED"}')
+    with closing(Journal(config.folder)) as journal:
+        journal.begin(0, "driver")
+    return config
+
+
+def test_before_the_first_step_the_configuration_may_be_mended(failed):
+    mended = replace(failed, seed=failed.seed + 1)
+    assert steps_done(mended) == 0
+    announce(mended, 0)
+    assert not (failed.folder / NOTE).exists()  # its MLflow run has other parameters
+
+
+def test_the_same_configuration_keeps_its_mlflow_run(failed):
+    assert steps_done(failed) == 0
+    announce(failed, 0)
+    assert (failed.folder / NOTE).exists()
+
+
+def test_after_the_first_step_it_may_not(failed):
+    with closing(Journal(failed.folder)) as journal:
+        journal.append(1, {"loss/total": 1.0})
+    with pytest.raises(UserError, match=r"another configuration \(seed 0 -> 1\)"):
+        steps_done(replace(failed, seed=failed.seed + 1))
