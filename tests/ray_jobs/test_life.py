@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,14 +15,11 @@ from mlflow.tracking import MlflowClient
 
 from arbitor.checkpoint import CHECKPOINTS, MANIFEST, load_checkpoint, newest_checkpoint
 from arbitor.errors import UserError
-from arbitor.owners import SupersededError, add_owner, read_owners
 from arbitor.settings import build
-from ray_jobs import heartbeat, lease
+from ray_jobs import heartbeat
 from ray_jobs.attempts import Failures, RunFailedError, free_resources, is_passing
 from ray_jobs.config import RunConfig
-from ray_jobs.group import WORKERS, Group
-from ray_jobs.journal import CHANGED, SAVE_S, Journal, JournalReader, ReplayError
-from ray_jobs.lease import Lease, refuse_if_in_use
+from ray_jobs.journal import SAVE_S, Journal, JournalReader
 from ray_jobs.processes import is_running, replace_text, this_process
 from ray_jobs.run import exit_with_message, run
 from ray_jobs.stop import REQUEST, StoppedError, warn_of_short_grace
@@ -300,63 +296,6 @@ def test_which_errors_are_tried_again():
         assert not is_passing(error)
 
 
-@pytest.fixture
-def elsewhere(tmp_path):
-    """A run folder held by a process of another host, and its heartbeat."""
-    holder = this_process() | {"host": "far", "place": "another boot", "pid": 7}
-    add_owner(tmp_path, None, "driver", 0, holder)
-
-    def beat(seconds_ago):
-        values = {"holder": holder, "time": time.time() - seconds_ago, "ended": False}
-        (tmp_path / lease.NAME).write_text(json.dumps(values))
-
-    return tmp_path, beat
-
-
-def test_a_holder_on_another_host_is_believed_for_30_seconds(elsewhere, capsys):
-    folder, beat = elsewhere
-    beat(seconds_ago=25)
-    with pytest.raises(UserError, match="in use by process 7 on far, heard of 25 s ago"):
-        Lease(folder, 0)
-    beat(seconds_ago=31)
-    held = Lease(folder, 0)
-    assert "taking over from process 7 on far, not heard of for more" in capsys.readouterr().out
-    with pytest.raises(UserError, match=f"in use by process {os.getpid()} on"):
-        refuse_if_in_use(folder)
-    held.release()
-    assert refuse_if_in_use(folder) == ""
-    assert [owner.token for owner in read_owners(folder)] == [1, 2]
-
-
-def test_a_process_that_lost_its_lease_ends(tmp_path):
-    """It was stopped for a while; another one has the run since."""
-    program = (
-        "import sys, time; from pathlib import Path; from ray_jobs import lease;"
-        "lease.BEAT_S = 0.2; lease.Lease(Path(sys.argv[1]), 0); time.sleep(60)"
-    )
-    sleeper = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)])
-    deadline = time.monotonic() + 60
-    while not (tmp_path / lease.NAME).exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    (before,) = read_owners(tmp_path)
-    assert is_running(before.holder)
-    add_owner(tmp_path, before, "driver", 0, this_process())
-    assert sleeper.wait(timeout=30) == 1
-
-
-def test_of_two_next_owners_one_wins_and_the_older_workers_end(tmp_path):
-    holder = this_process()
-    driver = add_owner(tmp_path, None, "driver", 0, holder)
-    first = add_owner(tmp_path, driver, WORKERS, 0, holder)
-    with pytest.raises(SupersededError):
-        add_owner(tmp_path, driver, WORKERS, 0, holder)
-    group = Group(tmp_path, first.token, None, 0)
-    group.check()
-    add_owner(tmp_path, first, WORKERS, 0, holder)
-    with pytest.raises(SupersededError, match="other workers"):
-        group.check()
-
-
 def test_a_worker_without_steps_is_killed_but_not_while_it_saves(ray_head, tmp_path, capsys):
     import ray
 
@@ -385,29 +324,6 @@ def heartbeat_start(pid):
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
 
 
-def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
-    with pytest.raises(UserError, match="/proc/none/run: /proc/none: No such file"):
-        run(make_config("/proc/none", "run"))
-    config = make_config(tmp_path, "run")
-    config.folder.mkdir()
-    config.folder.chmod(0o555)
-    with as_nobody(), pytest.raises(UserError, match="run: .*(not be written|Permission denied)"):
-        run(config)
-
-
-class as_nobody:  # noqa: N801  (reads as a clause)
-    """Root may write everywhere."""
-
-    def __enter__(self):
-        self._uid = os.geteuid()
-        if self._uid == 0:
-            os.seteuid(65534)
-
-    def __exit__(self, *exception):
-        if self._uid == 0:
-            os.seteuid(0)
-
-
 def test_the_start_warns_of_a_grace_that_is_too_short(tmp_path, monkeypatch, capsys):
     warn_of_short_grace(tmp_path)
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
@@ -423,22 +339,3 @@ def test_the_start_warns_of_a_grace_that_is_too_short(tmp_path, monkeypatch, cap
     assert capsys.readouterr().out == ""
     warn_of_short_grace(tmp_path)
     assert "after 60 s; a step and a checkpoint may take 60.0 s" in capsys.readouterr().out
-
-
-def test_a_replayed_step_is_compared_but_for_what_a_note_excepts(tmp_path):
-    journal = Journal(tmp_path)
-    for step in (1, 2):
-        journal.append(step, {"loss/total": 2.0, "throughput/x": 1.0})
-    journal.close()
-    again = Journal(tmp_path, start=1)
-    again.append(2, {"loss/total": 2.0, "throughput/x": 3.0, "validation/text": 1.0})
-    again.append(3, {"loss/total": 2.0})
-    again.close()
-    other = Journal(tmp_path, start=1)
-    with pytest.raises(ReplayError, match=r"step 2 .* \(loss/total 2.0 -> 2.5\)"):
-        other.append(2, {"loss/total": 2.5})
-    other.note(f"{CHANGED} with other data")
-    other.close()
-    with closing(Journal(tmp_path, start=1)) as excepted:
-        excepted.append(2, {"loss/total": 2.5})
-    assert [record.step for record in JournalReader(tmp_path).read()] == [1, 2, 3]

@@ -1,5 +1,6 @@
-"""A run that failed before its first step gives its name to the mended configuration."""
+"""The folder of a run: refused where nothing can be written, free until the first step is made."""
 
+import os
 from contextlib import closing
 from dataclasses import replace
 
@@ -10,16 +11,20 @@ from arbitor.settings import build, write_yaml
 from ray_jobs.config import CONFIG, RunConfig
 from ray_jobs.construction import with_needed_parts
 from ray_jobs.journal import Journal
-from ray_jobs.run import announce, steps_done
+from ray_jobs.run import announce, run, steps_done
 from ray_jobs.tracking import NOTE
+
+
+def make_config(storage, name):
+    sources = {"text": {"modality": "text", "path": "sample://text"}}
+    values = {"name": name, "storage": str(storage), "data": {"sources": sources}}
+    return with_needed_parts(build(RunConfig, values))
 
 
 @pytest.fixture
 def failed(tmp_path):
     """The configuration of a run that never made a step, in the folder that it left."""
-    sources = {"text": {"modality": "text", "path": "sample://text"}}
-    values = {"name": "failed", "storage": str(tmp_path), "data": {"sources": sources}}
-    config = with_needed_parts(build(RunConfig, values))
+    config = make_config(tmp_path, "failed")
     config.folder.mkdir(parents=True)
     (config.folder / CONFIG).write_text(write_yaml(config.values()))
     (config.folder / NOTE).write_text('{"run_id": "1", "status": "FAILED"}')
@@ -46,3 +51,26 @@ def test_after_the_first_step_it_may_not(failed):
         journal.append(1, {"loss/total": 1.0})
     with pytest.raises(UserError, match=r"another configuration \(seed 0 -> 1\)"):
         steps_done(replace(failed, seed=failed.seed + 1))
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    with pytest.raises(UserError, match="/proc/none/run: /proc/none: No such file"):
+        run(make_config("/proc/none", "run"))
+    config = make_config(tmp_path, "run")
+    config.folder.mkdir()
+    config.folder.chmod(0o555)
+    with as_nobody(), pytest.raises(UserError, match="run: .*(not be written|Permission denied)"):
+        run(config)
+
+
+class as_nobody:  # noqa: N801  (reads as a clause)
+    """Root may write everywhere."""
+
+    def __enter__(self):
+        self._uid = os.geteuid()
+        if self._uid == 0:
+            os.seteuid(65534)
+
+    def __exit__(self, *exception):
+        if self._uid == 0:
+            os.seteuid(0)
