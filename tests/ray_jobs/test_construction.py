@@ -1,5 +1,6 @@
 """What a run builds: the encoders and heads that its sources need at some step, no others."""
 
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from arbitor.settings import write_yaml
 from ray_jobs import audio, diffusion, pretrain, text, vision
 from ray_jobs.config import load_run_config
 from ray_jobs.construction import with_needed_parts
+from ray_jobs.journal import Journal
 from ray_jobs.run import CONFIG, steps_done
 
 JOBS = {"audio": audio, "diffusion": diffusion, "pretrain": pretrain, "text": text}
@@ -85,6 +87,8 @@ def test_a_resume_does_not_activate_what_was_not_built(tmp_path):
     config = load("pretrain", *WEIGHTS, f"storage={tmp_path}", "--run", "mine")
     config.folder.mkdir()
     (config.folder / CONFIG).write_text(write_yaml(config.values()))
+    with closing(Journal(config.folder)) as journal:
+        journal.append(1, {"loss/total": 1.0})
     assert steps_done(config) == 0
     more = load("pretrain", f"storage={tmp_path}", "--run", "mine")
     with pytest.raises(UserError) as caught:
