@@ -2,10 +2,9 @@
 
 `stream_slots` is the front door. Inside the train function of each worker, so that restarts and
 resizes need no coordinator: window tasks in order of first use, generated lazily ->
-`decode_windows` in a few parallel tasks,
-one row a window -> a thread of the worker keeps each lane's window and slices it as the plan walks,
-a few slots ahead. Every window that arrives is checked against the plan, in case the order or the
-content is not the plan's.
+`decode_windows` in a few parallel tasks, one row a window -> a thread of the worker keeps each
+lane's window and slices it as the plan walks, some slots ahead. Every window that arrives is
+checked against the plan, in case the order or the content is not the plan's.
 
 The options here are not Ray's defaults; each of them was found necessary (order, one window a
 block, no wait for CPUs that the trainers hold).
