@@ -140,17 +140,11 @@ class Plan:
 
         None from step `end` on.
         """
-        stop = min(stop, self.end)
         names = [source.name for source in self.sources]
-        for index in range(start // BLOCK_STEPS, -(-stop // BLOCK_STEPS)):
-            first = index * BLOCK_STEPS
-            rows = range(max(start - first, 0), min(stop - first, BLOCK_STEPS))
-            lists = [column[:, rank::world].tolist() for column in self._block(index)]
-            for row in rows:
-                places = zip(*(column[row] for column in lists), strict=True)
-                for lane, (source, epoch, window, micro_batch) in enumerate(places):
-                    slot = rank + lane * world
-                    yield SlotPlan(first + row, slot, names[source], epoch, window, micro_batch)
+        for first, block in self._blocks_between(start, stop, rank, world):
+            for row, places in enumerate(zip(*(column.tolist() for column in block), strict=True)):
+                for lane, (source, *place) in enumerate(zip(*places, strict=True)):
+                    yield SlotPlan(first + row, rank + lane * world, names[source], *place)
 
     def windows(
         self, start: int, stop: int, rank: int, world: int, held: Held | None = None
@@ -160,11 +154,26 @@ class Plan:
         `held` are those open before, and is kept up to date.
         """
         held = {} if held is None else held
-        for slot in self.walk(start, stop, rank, world):
-            key = WindowKey(slot.source, slot.slot, slot.epoch, slot.window)
-            if held.get(key[:2]) != key:
-                held[key[:2]] = key
-                yield key
+        names = [source.name for source in self.sources]
+        for _, block in self._blocks_between(start, stop, rank, world):
+            row, lane = np.nonzero(block.may_open())
+            places = (column[row, lane].tolist() for column in block[:3])
+            for lane, source, *place in zip(lane.tolist(), *places, strict=True):
+                key = WindowKey(names[source], rank + lane * world, *place)
+                if held.get(key[:2]) != key:
+                    held[key[:2]] = key
+                    yield key
+
+    def _blocks_between(
+        self, start: int, stop: int, rank: int, world: int
+    ) -> Iterator[tuple[int, "_Block"]]:
+        """(first step, the block's part of the rank's slots) of steps start .. stop - 1."""
+        stop = min(stop, self.end)
+        for index in range(start // BLOCK_STEPS, -(-stop // BLOCK_STEPS)):
+            first = index * BLOCK_STEPS
+            rows = slice(max(start - first, 0), stop - first)
+            part = (column[rows, rank::world] for column in self._block(index))
+            yield first + rows.start, _Block(*part)
 
     def windows_after(self, key: WindowKey) -> Iterator[int]:
         """The other windows of the source in the order of the key's epoch, from the key's on."""
@@ -245,12 +254,23 @@ class Plan:
 
 
 class _Block(NamedTuple):
-    """int64 [BLOCK_STEPS, S] each."""
+    """int64 [steps, lanes] each."""
 
     source: np.ndarray
     epoch: np.ndarray
     window: np.ndarray
     micro_batch: np.ndarray
+
+    def may_open(self) -> np.ndarray:
+        """bool [steps, lanes]: the first slot of its source and lane, or of another window than
+        the one before it.
+        """
+        order = np.argsort(self.source, axis=0, kind="stable")
+        places = [np.take_along_axis(column, order, axis=0) for column in self[:3]]
+        opens = np.ones(order.shape, bool)
+        opens[1:] = np.any([np.diff(place, axis=0) != 0 for place in places], axis=0)
+        np.put_along_axis(opens, order, opens.copy(), axis=0)
+        return opens
 
 
 class SourceLanes:

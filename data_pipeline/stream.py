@@ -43,7 +43,6 @@ WINDOWS_AHEAD = 2  # opened by slots that the worker does not need yet
 SLOTS_TOGETHER = 64  # handed over at a time, if no window has to be opened for them
 SEGMENT_WINDOWS = 4096  # of one execution of Ray Data
 FIRST_SEGMENT_WINDOWS = 256  # counted before the first window comes
-SEGMENT_STEPS = 16  # a segment has a multiple of these
 SEGMENT_LEAD = 32  # windows of a segment that are left when the next one starts
 
 _ARRAYS = {
@@ -227,8 +226,9 @@ def _segments(plan: Plan, start: int, stop: int, rank: int, world: int) -> Itera
     size, stop = FIRST_SEGMENT_WINDOWS, min(stop, plan.end)
     while start < stop:
         before, first, count = dict(held), start, 0
+        steps = max(1, size // 8 // plan.slots_per_step)  # which open an eighth of them at most
         while start < stop and count < size:
-            after = min(stop, start + SEGMENT_STEPS)
+            after = min(stop, start + steps)
             count += sum(1 for _ in plan.windows(start, after, rank, world, held))
             start = after
         if count:

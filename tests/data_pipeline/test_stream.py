@@ -274,7 +274,6 @@ def test_segments_join_without_a_seam(five, monkeypatch):
     """Each is an execution of its own; windows open at its start are not read again."""
     monkeypatch.setattr(stream, "FIRST_SEGMENT_WINDOWS", 10)
     monkeypatch.setattr(stream, "SEGMENT_WINDOWS", 60)
-    monkeypatch.setattr(stream, "SEGMENT_STEPS", 3)
     segments = list(stream._segments(five.plan, 5, 40, 0, 1))
     assert len(segments) >= 3 and segments[0].start == 5 and segments[-1].stop == 40
     assert sum(s.windows for s in segments) == len(list(five.plan.windows(5, 40, 0, 1)))
