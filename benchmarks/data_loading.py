@@ -3,8 +3,9 @@
     python -m benchmarks.data_loading --out benchmarks/results/FILE.json
 
 - throughput: slots of one modality as fast as they come, in turns with the DataLoader, whose worker
-  processes read and slice the same windows of the same plan with the same decoders: one a core, the
-  stream's decode tasks one more. CPU is that of all processes, which other load changes less.
+  processes read and slice the same windows of the same plan with the same decoders; either way one
+  a core, two cores. The warm-up lasts until the stream's decoders are those of its second segment.
+  CPU is that of all processes, which other load changes less.
 - wait: share of the time spent in waiting for a slot while one thread multiplies matrices for
   100 ms a slot.
 - first: seconds from the call of a worker's function to its first slot, on a Ray just started, and
@@ -41,7 +42,7 @@ from data_pipeline.pack import PackedSlot, slice_micro_batch
 from data_pipeline.run_data import RunData
 from data_pipeline.stream import stream_slots
 
-DECODE_TASKS = 3
+DECODE_TASKS = 2
 LOADER_WORKERS = 2
 PREFETCH = 8  # slots, of each worker of the DataLoader
 WARM_UP_S = 8

@@ -156,9 +156,9 @@ class Plan:
         held = {} if held is None else held
         names = [source.name for source in self.sources]
         for _, block in self._blocks_between(start, stop, rank, world):
-            row, lane = np.nonzero(block.may_open())
-            places = (column[row, lane].tolist() for column in block[:3])
-            for lane, source, *place in zip(lane.tolist(), *places, strict=True):
+            opening = np.nonzero(block.may_open())
+            places = (column[opening].tolist() for column in block[:3])
+            for lane, source, *place in zip(opening[1].tolist(), *places, strict=True):
                 key = WindowKey(names[source], rank + lane * world, *place)
                 if held.get(key[:2]) != key:
                     held[key[:2]] = key
