@@ -3,7 +3,8 @@
 Sequences are laid out as slots of training: END_OF_DOCUMENT, a caption or none, BEGIN, the places,
 END. A picture and a film have the places of their grid; sound ends where the router says so, or
 after `Sampling.seconds`.
-Shape letters: B samples, D width, P places, X bytes of a place, C codes of a frame, H heads.
+Shape letters: B samples, D width, P places, X bytes of a place, F frames, C codes of a frame,
+T positions, H heads.
 """
 
 import math
@@ -19,6 +20,7 @@ from arbitor.decoder import Decoder, Sampling, continue_text, texts
 from arbitor.encoder.image import to_pixels
 from arbitor.errors import UserError
 from arbitor.head.router import BYTE_HEAD, NUM_HEADS, TALKER_HEAD, VIDEO_HEAD
+from arbitor.head.video import Context
 from arbitor.main import ARBModel
 from arbitor.vocab import CONTENT_SYMBOLS, END_OF_DOCUMENT, NUM_BYTES
 
@@ -45,10 +47,16 @@ def generate_content(
 ) -> list[np.ndarray]:
     """Content for each caption, uint8 [P, X]; the captions have one length, which may be 0."""
     _require(model, modality, speakable(model), "a head that speaks it")
-    decoder = Decoder(model, len(captions))
-    begin = CONTENT_SYMBOLS[modality][0]
+    decoder, begin = Decoder(model, len(captions)), CONTENT_SYMBOLS[modality][0]
     decoder.feed(torch.tensor([[END_OF_DOCUMENT, *caption, begin] for caption in captions]))
-    return _speak(decoder, modality, sampling, sampling.generator())
+    generator = sampling.generator()
+    if modality == "audio":
+        return _speak_sound(decoder, sampling, generator)
+    if sampling.guidance == 1:
+        return _show(decoder, modality, sampling, generator)
+    uncaptioned = Decoder(model, len(captions))  # as in the rows whose caption comes after
+    uncaptioned.feed(torch.tensor([[END_OF_DOCUMENT, begin]]).expand(len(captions), -1))
+    return _show(decoder, modality, sampling, generator, uncaptioned)
 
 
 def describe(
@@ -91,7 +99,11 @@ def continue_freely(
             if text:
                 yield Piece("text", text)
             text = b""
-            yield Piece(modality, _speak(decoder, modality, sampling, generator)[0])
+            if modality == "audio":
+                (content,) = _speak_sound(decoder, sampling, generator)
+            else:
+                (content,) = _show(decoder, modality, sampling, generator)
+            yield Piece(modality, content)
             logits_BV = decoder.feed(torch.tensor([[CONTENT_SYMBOLS[modality][2]]]))
     if text:
         yield Piece("text", text)
@@ -105,27 +117,35 @@ def _require(model: ARBModel, modality: str, possible: list[str], part: str) -> 
         )
 
 
-def _speak(
-    decoder: Decoder, modality: str, sampling: Sampling, generator: torch.Generator
+def _show(
+    decoder: Decoder,
+    modality: str,
+    sampling: Sampling,
+    generator: torch.Generator,
+    uncaptioned: Decoder | None = None,
 ) -> list[np.ndarray]:
-    """The content after BEGIN, uint8 [P, X] a sample; the decoder has read it."""
-    if modality == "audio":
-        return _speak_sound(decoder, sampling, generator)
-    head = decoder.model.video_head
+    """The picture or film after BEGIN, uint8 [P, X] a sample; the decoders have read it."""
+    head, decoders = decoder.model.video_head, [d for d in (decoder, uncaptioned) if d]
     grid, frames = head.grids[modality], []
-    first_B = torch.full((decoder.batch_size,), decoder.length, device=decoder.device)
+    firsts = [torch.full((d.batch_size,), d.length, device=d.device) for d in decoders]
     for frame in range(grid.frames):
         key = torch.randint(-(2**31), 2**31, (1,), generator=generator).int().to(decoder.device)
-        states_BTD = decoder.states_BTD
-        values_BPX = head.sample(modality, frame, states_BTD, first_B, key, sampling.steps)
+        context, *others = (
+            Context(d.states_BTD, first_B) for d, first_B in zip(decoders, firsts, strict=True)
+        )
+        values_BPX = head.sample(
+            modality, frame, context, key, sampling.steps, *others, guidance=sampling.guidance
+        )
         frames.append(to_pixels(values_BPX))
-        decoder.feed_content(modality, frames[-1], frame * grid.patches_per_frame)
+        for each in decoders:
+            each.feed_content(modality, frames[-1], frame * grid.patches_per_frame)
     return list(torch.cat(frames, dim=1).cpu().numpy())
 
 
 def _speak_sound(
     decoder: Decoder, sampling: Sampling, generator: torch.Generator
 ) -> list[np.ndarray]:
+    """The sound after BEGIN, uint8 [F, C] a sample; the decoder has read it."""
     model, frames = decoder.model, []
     longest = math.ceil(sampling.seconds * FRAMES_PER_SECOND)
     length_B = torch.full((decoder.batch_size,), longest)

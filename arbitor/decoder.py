@@ -29,6 +29,7 @@ class Sampling:
     top_p: float = 0.95  # the most likely symbols that make up this much
     seed: int = 0
     steps: int = 32  # of Euler, from noise to a frame
+    guidance: float = 1.0  # towards a picture's or film's caption; 1 = as learned
     seconds: float = 4.0  # of sound at most
 
     def validate(self) -> None:
@@ -38,6 +39,8 @@ class Sampling:
             raise UserError(f"--top-p: expected more than 0 and at most 1, got {self.top_p}")
         if self.steps < 1 or NUM_TIMES % self.steps:
             raise UserError(f"--steps: expected a divisor of {NUM_TIMES}, got {self.steps}")
+        if not 0 <= self.guidance <= 100:
+            raise UserError(f"--guidance: expected 0 to 100, got {self.guidance}")
         if not 1 / FRAMES_PER_SECOND <= self.seconds <= 3600:
             raise UserError(f"--seconds: expected 0.02 to 3600, got {self.seconds}")
 

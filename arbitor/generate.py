@@ -46,7 +46,12 @@ def generate(
 def main(arguments: list[str]) -> None:
     options = _parser().parse_args(arguments)
     sampling = Sampling(
-        options.temperature, options.top_p, options.seed, options.steps, options.seconds
+        options.temperature,
+        options.top_p,
+        options.seed,
+        options.steps,
+        options.guidance,
+        options.seconds,
     )
     _check(options, sampling)
     set_backend(options.backend)
@@ -173,6 +178,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--length", type=int, default=400, help="bytes at most (%(default)s)")
     add("--seconds", type=float, default=Sampling.seconds, help="of sound at most (%(default)s)")
     add("--steps", type=int, default=Sampling.steps, help="of Euler, a frame (%(default)s)")
+    guidance = "of a picture or film towards its caption; 1 is as learned (%(default)s)"
+    add("--guidance", type=float, default=Sampling.guidance, help=guidance)
     temperature = "0 takes the most likely symbol (%(default)s)"
     add("--temperature", type=float, default=Sampling.temperature, help=temperature)
     add("--top-p", type=float, default=Sampling.top_p, help="of the likely ones (%(default)s)")

@@ -100,6 +100,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     add("--table-rate", type=float, default=1.0, help="0.3 is too low for codes of sound")
     add("--judged", type=int, default=64, help="samples of each kind")
     add("--euler-steps", type=int, default=32)
+    add("--guidance", nargs="+", type=float, default=[1.0], help="of pictures and films, in turn")
     add("--seed", type=int, default=0)
     add("--threads", type=int, default=2)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -37,19 +37,22 @@ def judge_samples(
     grids: dict[str, PatchGrid],
     options: Namespace,
 ) -> tuple[dict, dict[str, np.ndarray]]:
-    """(shares by judge: of samples, of the held-out rows themselves and by chance; the samples)."""
+    """(shares by judge: of samples, of the held-out rows themselves and by chance; the samples).
+
+    Of pictures and films the samples of the last guidance are kept.
+    """
     judged, kept = {}, {}
-    for name in names:
-        if name not in _JUDGES:
-            continue
+    for name in (name for name in names if name in _JUDGES):
         rows = sources[name].held_out
         captions = [rows.captions[i % len(rows.captions)] for i in range(options.judged)]
-        started = time.perf_counter()
-        contents = sample(model, name, captions, rows, options)
-        seconds = round(time.perf_counter() - started, 1)
-        judged[name] = _JUDGES[name](contents, captions, sources[name], grids, options)
-        judged[name] |= {"samples": len(contents), "sampling seconds": seconds}
-        kept |= keep(name, contents, captions)
+        for guidance in [1.0] if name == "audio" else options.guidance:
+            what = name if guidance == 1 else f"{name} guided by {guidance:g}"
+            started = time.perf_counter()
+            contents = sample(model, name, captions, rows, guidance, options)
+            seconds = round(time.perf_counter() - started, 1)
+            judged[what] = _JUDGES[name](contents, captions, sources[name], grids, options)
+            judged[what] |= {"samples": len(contents), "sampling seconds": seconds}
+            kept |= keep(name, contents, captions)
         if name == "image":
             judged["caption"], said = judge_descriptions(model, rows)
             kept["image.said"] = np.array(said)
@@ -57,7 +60,12 @@ def judge_samples(
 
 
 def sample(
-    model: ARBModel, modality: str, captions: Sequence[str], rows: Rows, options: Namespace
+    model: ARBModel,
+    modality: str,
+    captions: Sequence[str],
+    rows: Rows,
+    guidance: float,
+    options: Namespace,
 ) -> list[np.ndarray]:
     """Content for each caption, in order; captions of one length are sampled together."""
     longest = rows.content.shape[1] / FRAMES_PER_SECOND
@@ -68,7 +76,9 @@ def sample(
     for length, numbers in by_length.items():
         # A seed of its own: else the first of each would come of the same noise.
         seed = options.seed + length
-        sampling = Sampling(seed=seed, steps=options.euler_steps, seconds=longest)
+        sampling = Sampling(
+            seed=seed, steps=options.euler_steps, guidance=guidance, seconds=longest
+        )
         same_length = [captions[i].encode() for i in numbers]
         for i, content in zip(
             numbers, generate_content(model, modality, same_length, sampling), strict=True

@@ -12,6 +12,7 @@ feed-forward width.
 """
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,13 @@ NUM_TIMES = 64  # times are multiples of 1/64
 TIME_STRIDE = 37  # odd: the frames of a slot come at times spread evenly
 SECOND_MOMENT = 0.25
 OUTPUT_GAIN = 0.5
+
+
+class Context(NamedTuple):
+    """What frames are denoised after: states of the trunk, and the first frame's first position."""
+
+    hidden_BTD: Tensor
+    first_B: Tensor
 
 
 class VideoHead(nn.Module):
@@ -121,19 +129,28 @@ class VideoHead(nn.Module):
         self,
         modality: str,
         frame: int,
-        hidden_BTD: Tensor,
-        first_B: Tensor,
+        context: Context,
         key: Tensor,
         num_steps: int,
+        uncaptioned: Context | None = None,
+        guidance: float = 1.0,
     ) -> Tensor:
-        """Values, float32 [B, P, X], of one frame by `num_steps` Euler steps (a divisor of 64)."""
-        grid = self.grids[modality]
-        B, P, X = len(hidden_BTD), grid.patches_per_frame, grid.patch_values
+        """Values, float32 [B, P, X], of one frame by `num_steps` Euler steps (a divisor of 64).
+
+        With `uncaptioned`, the same frames without their caption before them, velocities go
+        `guidance` times as far from its own as the context's do (classifier-free guidance, Ho and
+        Salimans 2022).
+        """
+        grid, device = self.grids[modality], key.device
+        B, P, X = len(context.hidden_BTD), grid.patches_per_frame, grid.patch_values
         values_BFPX = gaussian(B * P * X, key).view(B, 1, P, X)
-        frame_F = torch.tensor([frame], device=hidden_BTD.device)
+        frame_F = torch.tensor([frame], device=device)
         for i in range(num_steps):
-            time_BF = torch.full((B, 1), i * NUM_TIMES // num_steps, device=hidden_BTD.device)
-            velocity = self(modality, values_BFPX, time_BF, frame_F, hidden_BTD, first_B)
+            time_BF = torch.full((B, 1), i * NUM_TIMES // num_steps, device=device)
+            velocity = self(modality, values_BFPX, time_BF, frame_F, *context)
+            if uncaptioned is not None:
+                plain = self(modality, values_BFPX, time_BF, frame_F, *uncaptioned)
+                velocity = plain + guidance * (velocity - plain)
             values_BFPX = values_BFPX + velocity / num_steps
         return values_BFPX.squeeze(1)
 

@@ -21,6 +21,7 @@ from arbitor.errors import UserError
 from arbitor.export import open_model
 from arbitor.generate import main
 from arbitor.head.router import BYTE_HEAD, TALKER_HEAD, VIDEO_HEAD
+from arbitor.head.video import Context
 from arbitor.main import ARBModel
 from arbitor.media.patches import to_patches
 from arbitor.optimizer import TernaryOptimizer, UpdateConfig
@@ -83,7 +84,7 @@ def test_sampling_follows_the_field_from_noise_to_its_end(fresh, num_steps, monk
     monkeypatch.setattr(head, "forward", velocity)
     hidden, first = torch.zeros(2, 9, 64), torch.tensor([1, 1])
     key = torch.tensor([5], dtype=torch.int32)
-    values = head.sample("video", 2, hidden, first, key, num_steps)
+    values = head.sample("video", 2, Context(hidden, first), key, num_steps)
     assert [(m, s, f) for m, s, f, _ in seen] == [
         ("video", i * 64 // num_steps, [2]) for i in range(num_steps)
     ]
@@ -93,8 +94,25 @@ def test_sampling_follows_the_field_from_noise_to_its_end(fresh, num_steps, monk
     assert abs(noise.var() - 1) < 6 * (2 / noise.numel()) ** 0.5
     # Each of the steps rounds to float32, and the last divides by 1 / num_steps.
     assert (values - answer.squeeze(1)).abs().max() < 1e-6 * num_steps
-    other = head.sample("video", 2, hidden, first, ~key, 1)
+    other = head.sample("video", 2, Context(hidden, first), ~key, 1)
     assert torch.equal(seen[-1][3], noise) is False and other.shape == (2, P, X)
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.0, 2.5])
+def test_guidance_goes_beyond_what_the_caption_adds(fresh, guidance, monkeypatch):
+    """Fields straight to a frame with the caption and to another without it."""
+    head, answer = fresh.video_head, {7: 0.5, 1: 0.25}
+
+    def velocity(modality, noisy_BFPX, time_BF, frame_F, hidden_BTD, first_B):
+        share = time_BF[..., None, None] / 64
+        return (answer[first_B.unique().item()] - noisy_BFPX) / (1 - share)
+
+    monkeypatch.setattr(head, "forward", velocity)
+    captioned = Context(torch.zeros(2, 9, 64), torch.tensor([7, 7]))
+    uncaptioned = Context(torch.zeros(2, 3, 64), torch.tensor([1, 1]))
+    key = torch.tensor([5], dtype=torch.int32)
+    values = head.sample("image", 0, captioned, key, 4, uncaptioned, guidance)
+    assert (values - (0.25 + guidance * 0.25)).abs().max() < 1e-5
 
 
 def rows(modality):
@@ -160,6 +178,20 @@ def test_what_was_learned_is_spoken_and_described(model, modality):
         assert errors[i] < errors[1 - i] / 4
     described = describe(model, modality, np.stack(rows(modality)), 20, GREEDY)
     assert described == list(CAPTIONS[modality])
+
+
+@pytest.mark.parametrize("modality", ["image", "video"])
+def test_guidance_takes_the_same_decoder_without_the_caption(model, modality):
+    captions = [caption.encode() for caption in CAPTIONS[modality]]
+    ignored = [
+        generate_content(model, modality, [caption], replace(GREEDY, guidance=0.0))[0]
+        for caption in captions
+    ]
+    assert (ignored[0] == ignored[1]).all()
+    guided = generate_content(model, modality, captions, replace(GREEDY, guidance=1.5))
+    for i, content_PX in enumerate(guided):
+        errors = [abs(content_PX.astype(int) - other).mean() for other in rows(modality)]
+        assert errors[i] < errors[1 - i] / 4
 
 
 def generate(run_folder, *words):
