@@ -62,6 +62,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--slots", type=int, default=4)
     parser.add_argument("--sequences", type=int, default=32, help="of a slot")
+    parser.add_argument("--table-rate", type=float, default=1.0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--backend", default="auto")
@@ -96,7 +97,7 @@ def make_batch(random: np.random.Generator, step: int, slot: int, options) -> Sl
 
 def train_and_judge(variant: dict, seed: int, options) -> tuple[float, float]:
     """Share of the values asked for that the model names, and the seconds of training."""
-    started, update = time.perf_counter(), UpdateConfig()
+    started, update = time.perf_counter(), UpdateConfig(table_rate=options.table_rate)
     config = ModelConfig(options.width, LAYERS, enable_attention=True, **variant)
     with torch.device(options.device):
         model = ARBModel(config, seed, update)

@@ -41,11 +41,11 @@ def encode_video(
 
 
 def refused(decode, content: bytes, config, reason: str | None = None) -> None:
-    """`decode` raises ContentError, with `reason` in one short line, within a second."""
-    begin = time.perf_counter()
+    """`decode` raises ContentError, with `reason` in one short line, within a second of CPU time."""
+    begin = time.process_time()
     with pytest.raises(ContentError, match=reason) as error:
         decode(content, config)
-    assert time.perf_counter() - begin < 1
+    assert time.process_time() - begin < 1
     assert 0 < len(str(error.value)) < 300 and "\n" not in str(error.value)
 
 
@@ -56,10 +56,10 @@ def damaged(decode, content: bytes, config, copies: int = 60) -> int:
     for _ in range(copies):
         flipped = np.frombuffer(content, np.uint8).copy()
         flipped[rng.integers(0, len(content), 3)] ^= np.uint8(1) << rng.integers(0, 8, 3, np.uint8)
-        begin = time.perf_counter()
+        begin = time.process_time()
         try:
             decode(flipped.tobytes(), config)
         except ContentError:
             count += 1
-        assert time.perf_counter() - begin < 1
+        assert time.process_time() - begin < 1
     return count

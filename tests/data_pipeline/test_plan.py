@@ -300,15 +300,15 @@ def test_the_time_to_any_step(monkeypatch):
     monkeypatch.undo()
     weights = [0.3, 0.25, 0.123457, 0.15, 0.1]
     sources = [PlannedSource(f"s{i}", weight, [7] * 200) for i, weight in enumerate(weights)]
-    begin = time.perf_counter()
+    begin = time.process_time()
     plan = Plan(sources, 8, 0)
     plan.step(100_000)
-    assert time.perf_counter() - begin < 3
+    assert time.process_time() - begin < 3
     start, served = plan.state(100_000)
     near = Plan(sources, 8, 0, {start: served})
-    begin = time.perf_counter()
+    begin = time.process_time()
     near.step(start + 1023)
-    assert time.perf_counter() - begin < 0.1, "20 ms on a machine that does nothing else"
+    assert time.process_time() - begin < 0.1, "20 ms on a machine that does nothing else"
 
 
 def test_windows_are_what_the_walk_opens():

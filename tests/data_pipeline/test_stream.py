@@ -1,7 +1,9 @@
 """Ray Data delivers the plan: the same slots as read in this process, or an exception."""
 
 import json
+import os
 import pickle
+import signal
 import threading
 import time
 from contextlib import nullcontext
@@ -282,6 +284,26 @@ def test_segments_join_without_a_seam(five, monkeypatch):
     for _ in range(20):
         next(begun)
     begun.close()  # while the next segment may be starting
+
+
+def test_a_decoding_process_that_dies_is_started_again(five, monkeypatch, tmp_path):
+    """Killed after its second window, that is in the middle of a task."""
+    dead = tmp_path / "dead"
+
+    def decode(batch):
+        from data_pipeline.stream import decode_windows
+
+        for number, row in enumerate(decode_windows(batch)):
+            is_actor = ray.get_runtime_context().get_actor_id() is not None
+            if is_actor and number == 2 and not dead.exists():
+                dead.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield row
+
+    monkeypatch.setattr(stream, "FIRST_SEGMENT_WINDOWS", 10)
+    monkeypatch.setattr(stream, "decode_windows", decode)
+    assert_same_slots(stream_slots(five, 0, 60, 0, 1), read_slots(five, 0, 60, 0, 1))
+    assert dead.exists()
 
 
 def test_a_missing_window_is_noticed(data, monkeypatch):
