@@ -41,7 +41,7 @@ def encode_video(
 
 
 def refused(decode, content: bytes, config, reason: str | None = None) -> None:
-    """`decode` raises ContentError, with `reason` in one short line, within a second of CPU time."""
+    """`decode` raises ContentError, with `reason` in one short line, in a CPU second."""
     begin = time.process_time()
     with pytest.raises(ContentError, match=reason) as error:
         decode(content, config)
