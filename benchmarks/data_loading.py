@@ -45,7 +45,7 @@ from data_pipeline.stream import stream_slots
 DECODE_TASKS = 2
 LOADER_WORKERS = 2
 PREFETCH = 8  # slots, of each worker of the DataLoader
-WARM_UP_S = 8
+WARM_UP_S = 25
 COMPUTE_S = 0.1
 MIX = {"text": 0.6, "image": 0.25, "audio": 0.1, "video": 0.05}
 

@@ -22,6 +22,7 @@ from arbitor.kernel.backend import set_backend
 from arbitor.main import ARBModel, ModelConfig
 from arbitor.optimizer import TernaryOptimizer, UpdateConfig
 from arbitor.trainer import SlotRunner, train_step
+from benchmarks.timing import environment
 
 KEYS, VALUES, FILLER, MARKER = range(0, 64), range(64, 128), range(128, 255), 255
 LAYERS = 2
@@ -46,8 +47,9 @@ def main() -> None:
             print(json.dumps(results[-1]), flush=True)
     print(f"chance: {1 / len(VALUES):.3f} of all values, {1 / options.pairs:.3f} of a sequence's")
     if options.out:
-        values = {"options": {k: str(v) for k, v in vars(options).items()}, "runs": results}
-        options.out.write_text(json.dumps(values, indent=1) + "\n")
+        settings = {k: str(v) for k, v in vars(options).items() if k != "out"}
+        record = {"environment": environment(), "options": settings, "runs": results}
+        options.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def parse() -> argparse.Namespace:
