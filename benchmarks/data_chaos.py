@@ -254,7 +254,7 @@ class Killer:
 
 
 def decode_processes() -> list[int]:
-    """Processes of this program's own Ray that decode windows; Ray names them so."""
+    """Processes of this program's own Ray that decode windows now; Ray names them by their task."""
     parents, names = {}, {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -269,8 +269,7 @@ def decode_processes() -> list[int]:
             pid = parents[pid]
         return pid == os.getpid()
 
-    kinds = ("decode_windows", "Decoder")
-    return [pid for pid in parents if any(k in names[pid] for k in kinds) and is_ours(pid)]
+    return [pid for pid in parents if "decode_windows" in names[pid] and is_ours(pid)]
 
 
 if __name__ == "__main__":

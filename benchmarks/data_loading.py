@@ -3,9 +3,8 @@
     python -m benchmarks.data_loading --out benchmarks/results/FILE.json
 
 - throughput: slots of one modality as fast as they come, in turns with the DataLoader, whose worker
-  processes read and slice the same windows of the same plan with the same decoders; either way one
-  a core, two cores. The warm-up lasts until the stream's decoders are those of its second segment.
-  CPU is that of all processes, which other load changes less.
+  processes read and slice the same windows of the same plan with the same decoders: one a core, the
+  stream's decode tasks one more. CPU is that of all processes, which other load changes less.
 - wait: share of the time spent in waiting for a slot while one thread multiplies matrices for
   100 ms a slot.
 - first: seconds from the call of a worker's function to its first slot, on a Ray just started, and
@@ -42,10 +41,10 @@ from data_pipeline.pack import PackedSlot, slice_micro_batch
 from data_pipeline.run_data import RunData
 from data_pipeline.stream import stream_slots
 
-DECODE_TASKS = 2
+DECODE_TASKS = 3
 LOADER_WORKERS = 2
 PREFETCH = 8  # slots, of each worker of the DataLoader
-WARM_UP_S = 25
+WARM_UP_S = 8
 COMPUTE_S = 0.1
 MIX = {"text": 0.6, "image": 0.25, "audio": 0.1, "video": 0.05}
 

@@ -65,7 +65,7 @@ class DataConfig:
     # Processes that read and decode for one worker, one more than the cores that they are to fill:
     # Ray Data takes up to 0.1 s to see that a task has ended. Ray counts no CPUs for them, because
     # trainers may hold all of those: leave cores over for them.
-    decode_tasks: int = 2
+    decode_tasks: int = 3
     image: ImageConfig = field(default_factory=ImageConfig)
     audio: AudioConfig = field(default_factory=AudioConfig)
     video: VideoConfig = field(default_factory=VideoConfig)

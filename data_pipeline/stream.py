@@ -2,7 +2,7 @@
 
 `stream_slots` is the front door. Inside the train function of each worker, so that restarts and
 resizes need no coordinator: window tasks in order of first use, generated lazily ->
-`decode_windows` in a few processes, one row a window -> a thread of the worker keeps each
+`decode_windows` in a few parallel tasks, one row a window -> a thread of the worker keeps each
 lane's window and slices it as the plan walks, some slots ahead. Every window that arrives is
 checked against the plan, in case the order or the content is not the plan's.
 
@@ -15,21 +15,15 @@ import logging
 import pickle
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import ray
-from ray.data import (
-    ActorPoolStrategy,
-    DataContext,
-    ExecutionOptions,
-    ExecutionResources,
-    TaskPoolStrategy,
-)
+from ray.data import DataContext, ExecutionOptions, ExecutionResources, TaskPoolStrategy
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from data_pipeline.files import ShardError
@@ -40,17 +34,15 @@ from data_pipeline.run_data import RunData, slots_from
 from data_pipeline.window import WindowTask
 
 OBJECT_STORE_BYTES = 1 << 30  # how far the tasks may run ahead, a rank
-RETRIES = 3  # of a process that dies. Ray Data's default is to start it again for ever.
 # Ray Data takes 10 ms for a task and up to 0.1 s to see that it has ended, so a task has many
-# windows and a process that decodes has its next one at hand. But what all tasks have to give waits
-# for the first of them, so it has to fit the store.
-TASK_COST = 64  # at most, of 100 ms each; the first tasks have less, so that windows come soon
+# windows. But what all tasks have to give waits for the first of them, so it has to fit the store.
+TASK_COST = 10  # at most, of 100 ms each; the n-th task has n, so that the first windows come soon
 TASK_BYTES = OBJECT_STORE_BYTES // 32
-WINDOWS_PER_TASK = 64
+WINDOWS_PER_TASK = 16
 WINDOWS_AHEAD = 2  # opened by slots that the worker does not need yet
 SLOTS_TOGETHER = 64  # handed over at a time, if no window has to be opened for them
 SEGMENT_WINDOWS = 4096  # of one execution of Ray Data
-FIRST_SEGMENT_WINDOWS = 64  # counted before the first window comes
+FIRST_SEGMENT_WINDOWS = 256  # counted before the first window comes
 SEGMENT_LEAD = 32  # windows of a segment that are left when the next one starts
 
 _ARRAYS = {
@@ -140,16 +132,6 @@ def decode_windows(batch: pa.Table) -> Iterator[pa.Table]:
         yield _row(header, window)
 
 
-class Decoder:
-    """A process that decodes: its next task is there when one ends."""
-
-    def __init__(self, decode: Callable[[pa.Table], Iterator[pa.Table]]):
-        self._decode = decode
-
-    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
-        return self._decode(batch)
-
-
 def _row(header: dict, window: PackedWindow | None) -> pa.Table:
     if window is not None:
         header = header | {"report": window.report}
@@ -232,7 +214,6 @@ def _windows(
 class _Segment(NamedTuple):
     """Steps start .. stop - 1, which open `windows` windows; `held` are open before."""
 
-    is_first: bool
     start: int
     stop: int
     windows: int
@@ -242,7 +223,7 @@ class _Segment(NamedTuple):
 
 def _segments(plan: Plan, start: int, stop: int, rank: int, world: int) -> Iterator[_Segment]:
     held: Held = {}
-    is_first, size, stop = True, FIRST_SEGMENT_WINDOWS, min(stop, plan.end)
+    size, stop = FIRST_SEGMENT_WINDOWS, min(stop, plan.end)
     while start < stop:
         before, first, count = dict(held), start, 0
         steps = max(1, size // 8 // plan.slots_per_step)  # which open an eighth of them at most
@@ -251,8 +232,8 @@ def _segments(plan: Plan, start: int, stop: int, rank: int, world: int) -> Itera
             count += sum(1 for _ in plan.windows(start, after, rank, world, held))
             start = after
         if count:
-            yield _Segment(is_first, first, start, count, before, dict([plan.state(first)]))
-        is_first, size = False, SEGMENT_WINDOWS
+            yield _Segment(first, start, count, before, dict([plan.state(first)]))
+        size = SEGMENT_WINDOWS
 
 
 def _stream_segment(
@@ -268,7 +249,7 @@ def _stream_segment(
             filled += max(task.cost / cost, task.packed_bytes / TASK_BYTES, 1 / windows_per_task)
             if filled >= 1:
                 yield pa.table({"tasks": [pickle.dumps(batch)]})
-                batch, filled, cost = [], 0.0, min(2 * cost, TASK_COST)
+                batch, filled, cost = [], 0.0, min(cost + 1, TASK_COST)
         if batch:
             yield pa.table({"tasks": [pickle.dumps(batch)]})
 
@@ -279,32 +260,19 @@ def _stream_segment(
         "batch_format": "pyarrow",
         "num_cpus": 0,  # trainers may hold every logical CPU: a task that needs one waits for ever
         "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=True),
+        "max_retries": 3,  # Ray Data's default is to retry a crashing task for ever
     }
     _silence_ray_data()
     with DataContext.current(_context()):
         dataset = (
             ray.data.from_items([{"start": segment.start}], override_num_blocks=1)
-            .map_batches(
-                list_tasks, compute=TaskPoolStrategy(size=1), max_retries=RETRIES, **options
-            )
-            .map_batches(**_decoders(segment.is_first, decode_tasks), **options)
+            .map_batches(list_tasks, compute=TaskPoolStrategy(size=1), **options)
+            .map_batches(decode_windows, compute=TaskPoolStrategy(size=decode_tasks), **options)
         )
     # Blocks are on this node. A window would wait for as many others as were to be prefetched.
     yield from dataset.iterator().iter_batches(
         batch_size=None, batch_format="pyarrow", prefetch_batches=0
     )
-
-
-def _decoders(is_first: bool, count: int) -> dict[str, Any]:
-    """Tasks for the first segment, which take processes that are there already; then processes that
-    take two seconds to start, and have their next task at hand.
-    """
-    if is_first:
-        compute = TaskPoolStrategy(size=count)
-        return {"fn": decode_windows, "compute": compute, "max_retries": RETRIES}
-    compute = ActorPoolStrategy(size=count, max_tasks_in_flight_per_actor=2)
-    retries = {"max_restarts": RETRIES, "max_task_retries": RETRIES}
-    return {"fn": Decoder, "fn_constructor_args": (decode_windows,), "compute": compute, **retries}
 
 
 def _context() -> DataContext:
@@ -323,5 +291,5 @@ def _silence_ray_data() -> None:
     """What Ray Data says at every start about choices that are made here on purpose."""
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
-    for message in ("`ray_remote_args` is deprecated", "The m(ax|in)imum number of concurrent"):
+    for message in ("`ray_remote_args` is deprecated", "The maximum number of concurrent tasks"):
         warnings.filterwarnings("ignore", message)
