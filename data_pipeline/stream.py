@@ -34,15 +34,16 @@ from data_pipeline.run_data import RunData, slots_from
 from data_pipeline.window import WindowTask
 
 OBJECT_STORE_BYTES = 1 << 30  # how far the tasks may run ahead, a rank
-# Ray Data takes 10 ms for a task and up to 0.1 s to see that it has ended, so a task has many
-# windows. But what all tasks have to give waits for the first of them, so it has to fit the store.
-TASK_COST = 10  # at most, of 100 ms each; the n-th task has n, so that the first windows come soon
-TASK_BYTES = OBJECT_STORE_BYTES // 32
+# Ray Data takes 10 ms for a task and 0.15 s to see that it has ended, so a task has many windows.
+# But what all tasks have to give waits for the first of them, so it has to fit the store.
+TASK_COST = 64  # at most, of 100 ms each
+TASK_GROWTH = 1.5  # of a task over the one before: the first are small, so that windows come soon
+TASK_BYTES = OBJECT_STORE_BYTES // 8
 WINDOWS_PER_TASK = 16
 WINDOWS_AHEAD = 2  # opened by slots that the worker does not need yet
 SLOTS_TOGETHER = 64  # handed over at a time, if no window has to be opened for them
 SEGMENT_WINDOWS = 4096  # of one execution of Ray Data
-FIRST_SEGMENT_WINDOWS = 256  # counted before the first window comes
+FIRST_SEGMENT_WINDOWS = 1024  # counted before the first window comes: 0.3 s of text
 SEGMENT_LEAD = 32  # windows of a segment that are left when the next one starts
 
 _ARRAYS = {
@@ -240,7 +241,7 @@ def _stream_segment(
     run_data: RunData, segment: _Segment, rank: int, world: int
 ) -> Iterator[pa.Table]:
     def list_tasks(_: pa.Table) -> Iterator[pa.Table]:
-        batch, filled, cost = [], 0.0, 1
+        batch, filled, cost = [], 0.0, 1.0
         span = (segment.start, segment.stop, rank, world)
         plan = run_data.plan.with_states(segment.states)
         for key in plan.windows(*span, dict(segment.held)):
@@ -249,7 +250,7 @@ def _stream_segment(
             filled += max(task.cost / cost, task.packed_bytes / TASK_BYTES, 1 / windows_per_task)
             if filled >= 1:
                 yield pa.table({"tasks": [pickle.dumps(batch)]})
-                batch, filled, cost = [], 0.0, min(cost + 1, TASK_COST)
+                batch, filled, cost = [], 0.0, min(cost * TASK_GROWTH, TASK_COST)
         if batch:
             yield pa.table({"tasks": [pickle.dumps(batch)]})
 
