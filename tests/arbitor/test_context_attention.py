@@ -200,6 +200,7 @@ def test_gradients_reach_the_gate_and_the_table_of_places():
     ("values", "message"),
     [
         ({"attention_window": -1}, "model.attention_window.*at least 0"),
+        ({"attention_window": 8}, "model.attention_window: .*set model.enable_attention"),
         ({"hca_stride": 16}, "model.hca_stride: .*set model.attention_window"),
     ],
 )
