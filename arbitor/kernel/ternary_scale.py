@@ -43,7 +43,8 @@ from arbitor.kernel.state_format import StateFormat
 class TernaryWeight(nn.Module):
     """The integer state of one [N, K] weight matrix as buffers: those of the rule it learns by.
 
-    `rate` multiplies the latent rate of the update rule: tables and heads learn slower.
+    `rate` says at which rate of the update rule the latents move: as a "matrix", or as a "table",
+    which tables and heads do (`update.table_rate` of it).
     """
 
     def __init__(self, num_rows: int, num_cols: int, gain: float = 1.0, rate: str = "matrix"):

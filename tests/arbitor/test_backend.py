@@ -10,6 +10,7 @@ import torch
 from arbitor.errors import UserError
 from arbitor.kernel import backend
 from arbitor.kernel import matmul as matmul_package
+from arbitor.kernel.latent_update.state import trits
 from arbitor.kernel.matmul.reference import matmul_forward
 from arbitor.kernel.state_format import StateFormat
 from arbitor.kernel.ternary_scale import TernaryEmbedding, TernaryLinear
@@ -179,8 +180,23 @@ class PlainMatmul:
 
     @staticmethod
     def matmul_forward(x, weight_NK, row_scale_N):
-        assert weight_NK.dtype == torch.bfloat16
+        if weight_NK.dtype == torch.int8:
+            weight_NK = trits(weight_NK).bfloat16()
         return matmul_forward(x, weight_NK, row_scale_N)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rule", ["latent", "bigint"])
+def test_a_packed_weight_takes_tilelang_too(rule, monkeypatch):
+    monkeypatch.setitem(sys.modules, "arbitor.kernel.matmul.tilelang", PlainMatmul)
+    monkeypatch.setattr(matmul_package, "tilelang", PlainMatmul, raising=False)
+    linear, x = make_linear(rule=rule), torch.linspace(-1, 1, 960).view(10, 96)
+    linear.pack()
+    backend.set_backend("torch")
+    expected = linear(x)
+    backend.set_backend("tilelang")
+    assert torch.equal(linear(x), expected)
+    assert backend.path_counts()["matmul.forward", "tilelang"] == 1
 
 
 def test_the_backward_pass_beside_tilelang_is_the_torch_paths(monkeypatch):
