@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from arbitor.kernel.latent_update.fixed_point import POW2_Q16, float32_power_of_two
-from arbitor.kernel.latent_update.slots import slot_format
+from arbitor.kernel.latent_update.slots import slot_format_of
 from arbitor.kernel.latent_update.state import trits
 from arbitor.kernel.matmul import reference
 from arbitor.kernel.matmul.configs import GemmConfig
@@ -163,11 +163,11 @@ def test_a_gradient_that_is_not_finite_is_counted():
     grad_MN[3, 2] = float("nan")
     grad_MN[4, 5] = float("inf")
     _, grad = triton_matmul.quantize_gradient(grad_MN, row_scale_N, x.scale)
-    fmt = slot_format(4)
-    total = torch.zeros(16, 16, dtype=fmt.sum_dtype, device=DEVICE)
+    slot_format = slot_format_of(4)
+    total = torch.zeros(16, 16, dtype=slot_format.sum_dtype, device=DEVICE)
     counters = torch.zeros(2, dtype=torch.int64, device=DEVICE)
     grad_NK, _ = triton_matmul.matmul_backward_weight(grad, positions_contiguous(x))
     row_moment_N = torch.zeros(16, dtype=torch.int16, device=DEVICE)
     key = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-    slot_triton.quantize_slot_(grad_NK, row_moment_N, fmt, key, total, counters)
+    slot_triton.quantize_slot_(grad_NK, row_moment_N, slot_format, key, total, counters)
     assert counters[0] > 0
