@@ -8,7 +8,6 @@ latents of 6, 8/group_size more with group exponents. Under `bigint` they are 2 
 """
 
 import gc
-import sys
 import warnings
 from dataclasses import dataclass
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from arbitor.audio_codec import NUM_CODES, NUM_LEVELS
 from arbitor.batch import SlotBatch
-from arbitor.errors import UserError
+from arbitor.errors import UserError, end_with
 from arbitor.kernel.ternary_scale import TernaryWeight
 from arbitor.main import ARBModel
 from arbitor.model_config import ModelConfig, read_model_config
@@ -40,14 +39,6 @@ class LiveTensor:
     @property
     def is_float(self) -> bool:
         return self.dtype.is_floating_point or self.dtype.is_complex
-
-
-def main() -> None:
-    try:
-        sys.exit(audit_command(sys.argv[1:]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def audit_command(arguments: list[str]) -> int:
@@ -142,4 +133,4 @@ def bits_per_weight(weight: TernaryWeight) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    end_with(audit_command)

@@ -14,7 +14,6 @@ state). 1.6 bits a weight and 16 a row; 8 or 16 / group_size more for groups.
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -26,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from arbitor.checkpoint import CHECKPOINTS, MANIFEST, load_checkpoint, newest_checkpoint
-from arbitor.errors import UserError
+from arbitor.errors import UserError, end_with
 from arbitor.kernel.matmul.plane import pack_plane
 from arbitor.kernel.packed_weight import GroupedPackedState, PackedState
 from arbitor.kernel.packing.reference import pack_base3, unpack_base3
@@ -148,8 +147,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    end_with(main)

@@ -19,7 +19,7 @@ import torch
 
 from arbitor.content import Piece, continue_freely, describe, generate_content
 from arbitor.decoder import Decoder, Sampling, continue_text, texts
-from arbitor.errors import UserError
+from arbitor.errors import UserError, end_with
 from arbitor.export import open_model
 from arbitor.kernel.backend import BACKENDS, set_backend
 from arbitor.main import ARBModel
@@ -195,8 +195,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    end_with(main)

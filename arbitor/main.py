@@ -5,7 +5,6 @@ prints the full text stack of that size.
 Shape letters: B sequences, T positions, D width, V symbols, C code width, X values of a place.
 """
 
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from arbitor.encoder.image import ImageEncoder, to_values
 from arbitor.encoder.places import Places
 from arbitor.encoder.text import WINDOW, TextEncoder
 from arbitor.encoder.video import VideoEncoder
-from arbitor.errors import UserError
+from arbitor.errors import UserError, end_with
 from arbitor.graph import MoEGraph
 from arbitor.head.byte import ByteHead
 from arbitor.head.router import OutputRouter
@@ -267,8 +266,4 @@ def main(arguments: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        print(main(sys.argv[1:]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    end_with(lambda words: print(main(words)))
