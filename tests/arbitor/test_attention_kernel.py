@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from arbitor.kernel import backend
-from arbitor.kernel.attention import chunked, reference
+from arbitor.kernel.attention import chunked, reference, triton
 from arbitor.kernel.attention.op import attend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -24,25 +24,14 @@ ALL = SHAPES + [pytest.param(shape, marks=pytest.mark.gpu) for shape in LARGE]
 BY_TRITON = {("attention.forward", "triton"): 1, ("attention.backward", "triton"): 1}
 
 
-@pytest.fixture(autouse=True)
-def fresh_backend(monkeypatch):
-    monkeypatch.setattr(backend, "_active", None)
-    backend.clear_path_counts()
-    yield
-    backend.clear_path_counts()
-
-
 @pytest.fixture
-def kernels(monkeypatch):
+def kernels(monkeypatch, poisoned):
     """The Triton module with poisoned outputs; on the interpreter with blocks so small that short
     sequences have several, of queries wider than of keys and the other way round."""
-    triton = pytest.importorskip("arbitor.kernel.attention.triton")
     if DEVICE == "cpu":
         monkeypatch.setattr(triton, "FORWARD", {128: triton.Tile(32, 16, 4, 1)})
         monkeypatch.setattr(triton, "BACKWARD_QUERY", {128: triton.Tile(16, 32, 4, 1)})
         monkeypatch.setattr(triton, "BACKWARD_KEY", {128: triton.Tile(16, 32, 4, 1)})
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *s, **k: empty(*s, **k).fill_(float("nan")))
     return triton
 
 

@@ -16,18 +16,6 @@ from arbitor.kernel.state_format import StateFormat
 from arbitor.kernel.ternary_scale import TernaryEmbedding, TernaryLinear
 
 ON_GPU = torch.cuda.is_available()
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-
-
-@pytest.fixture(autouse=True)
-def fresh_backend(monkeypatch):
-    """No choice has been made, nothing has been counted; afterwards as before."""
-    monkeypatch.setattr(backend, "_active", None)
-    monkeypatch.delenv(backend.BACKEND_VARIABLE, raising=False)
-    monkeypatch.delenv(backend.TILELANG_TRAINING_VARIABLE, raising=False)
-    backend.clear_path_counts()
-    yield
-    backend.clear_path_counts()
 
 
 def make_linear(activation="fp8", device="cpu", rule="latent"):
@@ -75,7 +63,6 @@ def test_the_interpreter_runs_only_when_asked_for(monkeypatch):
         assert backend.resolve_backend("triton") == "triton"
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 @pytest.mark.parametrize("activation", ["fp8", "int8"])
 def test_a_linear_learns_the_same_on_both_paths(activation):
     torch.manual_seed(0)
@@ -104,7 +91,6 @@ def test_a_linear_learns_the_same_on_both_paths(activation):
         assert (ours - reference).norm() / reference.norm() < 2**-7
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 @pytest.mark.parametrize("activation", ["fp8", "int8"])
 def test_groups_with_scales_learn_the_same_on_both_paths(activation):
     """Norm and quantizer on their paths, the matmuls plain bfloat16 ones on both."""
@@ -126,7 +112,6 @@ def test_groups_with_scales_learn_the_same_on_both_paths(activation):
         assert (ours - reference).norm() / reference.norm() < 2**-7
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 def test_an_embedding_is_the_same_on_both_paths():
     torch.manual_seed(0)
     indices, grad = torch.randint(0, 7, (2, 20)), torch.randn(2, 20, 24).bfloat16()

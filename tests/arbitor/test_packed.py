@@ -80,14 +80,12 @@ def test_what_is_not_packed_is_the_states_own(options):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_updates_of_a_stored_state_are_the_same_on_both_paths(options, monkeypatch):
-    pytest.importorskip("triton")
+def test_updates_of_a_stored_state_are_the_same_on_both_paths(options):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     format, slot_format = StateFormat(**options), slots.slot_format_of(4)
     grad = random_gradient(17, 130)
     results = []
     for backend in ("torch", "triton"):
-        monkeypatch.setattr("arbitor.kernel.backend._active", None)
         set_backend(backend)
         where = device if backend == "triton" else "cpu"
         state = packed.stored_state(init_state(17, 130, 1.0, seed=0, name="w"), format)

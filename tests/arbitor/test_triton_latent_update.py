@@ -13,17 +13,19 @@ import torch
 from arbitor.kernel.latent_update import fixed_point as fp
 from arbitor.kernel.latent_update import moments, slots
 from arbitor.kernel.latent_update import reference as rule
+from arbitor.kernel.latent_update import triton as triton_update
 from arbitor.kernel.state_format import INT8
 from tests.arbitor.update_cases import FORMATS, RATES, fresh_state, random_gradient
-
-triton_update = pytest.importorskip("arbitor.kernel.latent_update.triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(1, 1), (1, 200), (63, 5), (65, 63), (2, 1000), (9, 320)]
 GPU_SHAPES = [(1000, 4097), (4097, 1000), (1, 1 << 20), (2048, 2048), (4096, 4224)]
 GPU = [pytest.param(shape, marks=pytest.mark.gpu) for shape in GPU_SHAPES]
 # Too large numbers are meant to become infinite on their way to the clamp.
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
+    pytest.mark.usefixtures("poisoned"),
+]
 
 
 def on_device(state):
@@ -45,15 +47,6 @@ def assert_equal_states(ours, expected):
         left, right = getattr(ours, field.name).cpu(), getattr(expected, field.name)
         assert left.dtype == right.dtype
         assert torch.equal(left, right), f"{field.name}: {int((left != right).sum())} differ"
-
-
-def poison(monkeypatch):
-    """Every buffer that the wrapper allocates starts full of large integers."""
-
-    def poisoned(*shape, **kwargs):
-        return torch.full(shape, 0x7B7B7B7B, **kwargs)
-
-    monkeypatch.setattr(triton_update.torch, "empty", poisoned)
 
 
 def spiked_gradients(shape, factor):
@@ -93,10 +86,8 @@ def run_steps(shape, num_slots, factors, format=INT8):
         key = fp.stream_key(1, step, 7, fp.STREAM_UPDATE)
         stats = rule.update(expected, total, slot_format, RATES, key, format)
         counters = torch.full((3,), 5, dtype=torch.int64, device=DEVICE)
-        with pytest.MonkeyPatch.context() as patch:
-            poison(patch)
-            words = words_of(RATES, key, step + 1)
-            triton_update.update_(ours, our_total, slot_format, words, counters, format)
+        words = words_of(RATES, key, step + 1)
+        triton_update.update_(ours, our_total, slot_format, words, counters, format)
         assert_equal_states(ours, expected)
         assert (counters - 5).tolist() == [stats.flips, stats.zeros, stats.saturated]
         assert torch.equal(our_total.cpu(), total)
