@@ -56,7 +56,7 @@ def random_problem(shape, dtype=torch.bfloat16, num_blocks=0):
     return on_device(query), on_device(key), value, on_device(grad), *compressed
 
 
-def run(name, problem, window=None, stride=1):
+def run(name, problem, window=0, stride=1):
     """Output and gradients on a backend."""
     backend.set_backend(name)
     return backward(attend, problem, window, stride)
@@ -70,7 +70,7 @@ def backward(call, problem, window, stride):
     return [out.detach(), *(leaf.grad for leaf in leaves)]
 
 
-def in_float64(problem, window=None, stride=1):
+def in_float64(problem, window=0, stride=1):
     """The same by the reference; and of each the sum of its terms without their signs."""
     problem = [x.double() for x in problem]
     exact = backward(reference.attend, problem, window, stride)
@@ -232,7 +232,7 @@ def test_sharp_attention_follows_the_largest_logit(kernels):
     assert_within_rounding(run("triton", problem), *in_float64(problem))
 
 
-@pytest.mark.parametrize("window, stride, num_blocks", [(None, 1, 0), (16, 4, 17)])
+@pytest.mark.parametrize("window, stride, num_blocks", [(0, 1, 0), (16, 4, 17)])
 def test_a_later_position_changes_no_bit_of_an_earlier_one(window, stride, num_blocks, kernels):
     problem = random_problem((1, 70, 1, 32), num_blocks=num_blocks)
     before = run("triton", problem, window, stride)[0]
@@ -246,7 +246,7 @@ def test_a_later_position_changes_no_bit_of_an_earlier_one(window, stride, num_b
     assert not torch.equal(before[:, 40:], after[:, 40:])
 
 
-@pytest.mark.parametrize("window, stride, num_blocks", [(None, 1, 0), (128, 16, 94)])
+@pytest.mark.parametrize("window, stride, num_blocks", [(0, 1, 0), (128, 16, 94)])
 @pytest.mark.parametrize(
     "shape", [(1, 33, 2, 32), pytest.param((4, 1500, 16, 64), marks=pytest.mark.gpu)]
 )
@@ -269,7 +269,7 @@ def test_gradients_of_any_strides_are_read(kernels):
 
 
 @pytest.mark.parametrize("dtype, H", [(torch.bfloat16, 24), (torch.float32, 32)])
-@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("window", [0, 4])
 def test_what_the_kernels_do_not_serve_takes_the_path_of_torch(window, dtype, H, kernels):
     problem = random_problem((1, 9, 2, H), dtype)
     got = run("triton", problem, window)
