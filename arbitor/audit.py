@@ -1,10 +1,11 @@
 """Proves that nothing persistent is float: `python -m arbitor.audit CONFIG`.
 
 Trains one step on made-up slots of every modality that the model has an encoder for, then lists
-every tensor that is still alive in the process. Bits per weight are 16.125 + 48/K + 16/N, and 48
-bits a matrix for tensor moment and update count; 4 less with momentum of 4 bits, 2 less with
-latents of 6, 8/group_size more with group exponents. Under `bigint` they are 2 + 64/group_size +
-16/K, and 64 bits a matrix for the step counter.
+every tensor that is still alive in the process. A run's own config.yaml also says what its job
+left out. Bits per weight are 16.125 + 48/K + 16/N, and 48 bits a matrix for tensor moment and
+update count; 4 less with momentum of 4 bits, 2 less with latents of 6, 8/group_size more with group
+exponents. Under `bigint` they are 2 + 64/group_size + 16/K, and 64 bits a matrix for the step
+counter.
 """
 
 import gc
