@@ -1,14 +1,14 @@
 """Proves that nothing persistent is float: `python -m arbitor.audit CONFIG`.
 
 Trains one step on made-up slots of every modality that the model has an encoder for, then lists
-every tensor that is still alive in the process. A run's own config.yaml says what it built. Bits
-per weight are 16.125 + 48/K + 16/N, and 48 bits a matrix for tensor moment and update count; 4 less
-with momentum of 4 bits, 2 less with latents of 6, 8/group_size more with group exponents. Under
-`bigint` they are 2 + 64/group_size + 16/K, and 64 bits a matrix for the step counter.
+every tensor that is still alive in the process. A run's own config.yaml also says what its job
+left out. Bits per weight are 16.125 + 48/K + 16/N, and 48 bits a matrix for tensor moment and
+update count; 4 less with momentum of 4 bits, 2 less with latents of 6, 8/group_size more with group
+exponents. Under `bigint` they are 2 + 64/group_size + 16/K, and 64 bits a matrix for the step
+counter.
 """
 
 import gc
-import sys
 import warnings
 from dataclasses import dataclass
 
@@ -18,10 +18,10 @@ from torch import Tensor
 
 from arbitor.audio_codec import NUM_CODES, NUM_LEVELS
 from arbitor.batch import SlotBatch
-from arbitor.errors import UserError
+from arbitor.errors import UserError, end_with
 from arbitor.kernel.ternary_scale import TernaryWeight
-from arbitor.main import ARBModel, ModelConfig
-from arbitor.modality import MODALITIES
+from arbitor.main import ARBModel
+from arbitor.model_config import ModelConfig, read_model_config
 from arbitor.optimizer import TernaryOptimizer, UpdateConfig
 from arbitor.settings import build, read_yaml, section
 from arbitor.trainer import SlotRunner, train_step
@@ -42,21 +42,13 @@ class LiveTensor:
         return self.dtype.is_floating_point or self.dtype.is_complex
 
 
-def main() -> None:
-    try:
-        sys.exit(audit_command(sys.argv[1:]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
 def audit_command(arguments: list[str]) -> int:
     """Prints the audit of a configuration's model; 1 if a float persists, else 0."""
     if len(arguments) != 1:
         raise UserError("expected one CONFIG file: python -m arbitor.audit CONFIG")
     values = read_yaml(arguments[0])
     update = build(UpdateConfig, section(values, "update"), "update")
-    model = ARBModel(build(ModelConfig, section(values, "model"), "model"), 0, update)
+    model = ARBModel(read_model_config(values), 0, update)
     optimizer = one_step(model, update)
     tensors = live_tensors(model)
     print(report(model, tensors))
@@ -69,31 +61,40 @@ def audit_command(arguments: list[str]) -> int:
 
 def one_step(model: ARBModel, config: UpdateConfig) -> TernaryOptimizer:
     """Trains one step, of a slot a modality: then everything that persists has come into being."""
-    modalities = [name for name in MODALITIES if getattr(model.config, f"enable_{name}", False)]
-    slots = [made_up_slot(model.config, name, i) for i, name in enumerate(["text", *modalities])]
+    slots = made_up_slots(model.config)
     optimizer = TernaryOptimizer(model, config, total_steps=1, slots_per_step=len(slots), seed=0)
     train_step(SlotRunner(model, optimizer), 0, slots)
     return optimizer
 
 
-def made_up_slot(config: ModelConfig, modality: str, slot: int) -> SlotBatch:
-    """Two sequences of random bytes; of the other modalities random content after them."""
+def made_up_slots(config: ModelConfig) -> list[SlotBatch]:
+    """A slot of text and one of each modality with an encoder: two sequences of random bytes, with
+    random content after them. All are as long: parts that count want as much from every slot."""
+    modalities = [name for name in CONTENT_SYMBOLS if getattr(config, f"enable_{name}")]
+    contents = {"text": None} | {name: _random_content(config, name) for name in modalities}
+    longest = max(0 if content is None else content.shape[1] + 2 for content in contents.values())
+    slots = []
+    for slot, (modality, content) in enumerate(contents.items()):
+        symbols = np.random.default_rng(0).integers(0, NUM_BYTES, (2, 17 + longest), np.uint16)
+        if content is not None:
+            begin, place, end = CONTENT_SYMBOLS[modality]
+            shown = [begin, *[place] * content.shape[1], end]
+            symbols[:, -len(shown) :] = shown
+        slots.append(
+            SlotBatch.from_symbols(
+                symbols, step=0, slot=slot, source="audit", modality=modality, content=content
+            )
+        )
+    return slots
+
+
+def _random_content(config: ModelConfig, modality: str) -> np.ndarray:
     random = np.random.default_rng(0)
-    symbols = random.integers(0, NUM_BYTES, (2, 17), dtype=np.uint16)
-    content = None
     if modality == "audio":
-        content = random.integers(0, NUM_LEVELS, (2, 4, NUM_CODES), dtype=np.uint8)
-    elif modality != "text":
-        grid = getattr(config, modality)
-        shape = (2, grid.frames * grid.patches_per_frame, grid.patch_values)
-        content = random.integers(0, 256, shape, dtype=np.uint8)
-    if content is not None:
-        begin, place, end = CONTENT_SYMBOLS[modality]
-        shown = np.array([begin, *[place] * content.shape[1], end], np.uint16)
-        symbols = np.concatenate([symbols, np.tile(shown, (2, 1))], axis=1)
-    return SlotBatch.from_symbols(
-        symbols, step=0, slot=slot, source="audit", modality=modality, content=content
-    )
+        return random.integers(0, NUM_LEVELS, (2, 4, NUM_CODES), np.uint8)
+    grid = getattr(config, modality)
+    shape = (2, grid.frames * grid.patches_per_frame, grid.patch_values)
+    return random.integers(0, 256, shape, np.uint8)
 
 
 def live_tensors(model: ARBModel) -> list[LiveTensor]:
@@ -133,4 +134,4 @@ def bits_per_weight(weight: TernaryWeight) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    end_with(audit_command)

@@ -76,7 +76,8 @@ def describe(
 def continue_freely(
     model: ARBModel, prompt: bytes, length: int, sampling: Sampling
 ) -> Iterator[Piece]:
-    """One sample of whatever comes after the prompt: at most `length` bytes and contents.
+    """One sample of whatever comes after the prompt: at most `length` bytes and contents, as
+    learned: there is no caption to be guided towards.
 
     The byte head begins a content, and the router says whether its head speaks.
     """

@@ -14,6 +14,7 @@ from arbitor.audio_codec import FRAMES_PER_SECOND
 from arbitor.cuda_graph import Recording, can_record
 from arbitor.errors import UserError
 from arbitor.head.video import NUM_TIMES
+from arbitor.kernel.latent_update.fixed_point import SEEDS
 from arbitor.main import ARBModel
 from arbitor.vocab import CONTENT_SYMBOLS, END_OF_DOCUMENT, NUM_BYTES
 
@@ -41,6 +42,8 @@ class Sampling:
             raise UserError(f"--steps: expected a divisor of {NUM_TIMES}, got {self.steps}")
         if not 0 <= self.guidance <= 100:
             raise UserError(f"--guidance: expected 0 to 100, got {self.guidance}")
+        if self.seed not in SEEDS:
+            raise UserError(f"--seed: expected 0 to 2^32 - 1, got {self.seed}")
         if not 1 / FRAMES_PER_SECOND <= self.seconds <= 3600:
             raise UserError(f"--seconds: expected 0.02 to 3600, got {self.seconds}")
 

@@ -7,13 +7,13 @@ The file is safetensors. Of a ternary weight NAME of N rows and K columns it hol
 - `NAME.group_scale` where groups of `group_size` columns have scales: [N, ceil(K / group_size)],
   int8 whole octaves or int16 1/256 octave, which multiply those of the row.
 Every other tensor is what the model's state has under that name. The metadata are `format`
-("arbitor-packed-trits"), `step` and `config`, JSON of the sections `model` and `update` (the form
-of the state). 1.6 bits a weight and 16 a row; 8 or 16 / group_size more for groups.
+("arbitor-packed-trits"), `step` and `config`, JSON of the run's `seed` (of the noise that losses of
+pictures and films are computed with) and of its sections `model` and `update` (the form of the
+state). 1.6 bits a weight and 16 a row; 8 or 16 / group_size more for groups.
 """
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -25,13 +25,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from arbitor.checkpoint import CHECKPOINTS, MANIFEST, load_checkpoint, newest_checkpoint
-from arbitor.errors import UserError
+from arbitor.errors import UserError, end_with
 from arbitor.kernel.matmul.plane import pack_plane
 from arbitor.kernel.packed_weight import GroupedPackedState, PackedState
 from arbitor.kernel.packing.reference import pack_base3, unpack_base3
 from arbitor.kernel.state_format import StateFormat
 from arbitor.main import ARBModel, ModelConfig
-from arbitor.settings import build, section
+from arbitor.settings import build, build_part, section
 
 FORMAT = "arbitor-packed-trits"
 
@@ -42,6 +42,7 @@ class OpenedModel:
 
     model: ARBModel
     format: StateFormat
+    seed: int
     step: int
     path: Path  # the checkpoint's folder or the exported file
 
@@ -69,7 +70,8 @@ def export(opened: OpenedModel, path: Path) -> int:
         tensors[f"{name}.packed_trits"] = pack_base3(weight.trits())
         del state[f"{name}.plane"]
     tensors |= {name: tensor.contiguous() for name, tensor in state.items()}
-    config = {"model": asdict(opened.model.config), "update": asdict(opened.format)}
+    sections = {"model": asdict(opened.model.config), "update": asdict(opened.format)}
+    config = {"seed": opened.seed} | sections
     metadata = {"format": FORMAT, "step": str(opened.step), "config": json.dumps(config)}
     partial = path.with_name(f".partial-{path.name}")
     try:
@@ -82,10 +84,10 @@ def export(opened: OpenedModel, path: Path) -> int:
 
 def _open_checkpoint(folder: Path) -> OpenedModel:
     manifest, tensors = load_checkpoint(folder)
-    model, format = _without_weights(manifest.config)
+    model, format, seed = _without_weights(manifest.config, tensors)
     _assign(model, tensors, folder)
     model.pack()
-    return OpenedModel(model, format, manifest.step, folder)
+    return OpenedModel(model, format, seed, manifest.step, folder)
 
 
 def _open_exported(path: Path) -> OpenedModel:
@@ -97,7 +99,7 @@ def _open_exported(path: Path) -> OpenedModel:
         raise UserError(f"{path}: not a file of arbitor.export ({error})") from error
     if metadata.get("format") != FORMAT:
         raise UserError(f"{path}: not a file of arbitor.export; expected the format {FORMAT}")
-    model, format = _without_weights(json.loads(metadata["config"]))
+    model, format, seed = _without_weights(json.loads(metadata["config"]), tensors)
     for name, weight in model.ternary_weights():
         packed = tensors.pop(f"{name}.packed_trits", None)
         if packed is None:
@@ -107,16 +109,19 @@ def _open_exported(path: Path) -> OpenedModel:
         kind = GroupedPackedState if weight.group_size else PackedState
         weight.load(kind(*(tensors.get(f"{name}.{field.name}") for field in fields(kind))))
     _assign(model, tensors, path)
-    return OpenedModel(model, format, int(metadata["step"]), path)
+    return OpenedModel(model, format, seed, int(metadata["step"]), path)
 
 
-def _without_weights(config: Mapping[str, Any]) -> tuple[ARBModel, StateFormat]:
-    """The model that a run's configuration describes, all tensors on the meta device."""
-    update = section(config, "update")
-    known = {field.name for field in fields(StateFormat)}
-    format = build(StateFormat, {k: v for k, v in update.items() if k in known}, "update")
+def _without_weights(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[ARBModel, StateFormat, int]:
+    """The model that a run's configuration describes, all tensors on the meta device; the form of
+    its state and the run's seed."""
+    format = build_part(StateFormat, section(config, "update"), "update")
+    seed = config.get("seed", 0)
     with torch.device("meta"):
-        return ARBModel(build(ModelConfig, section(config, "model"), "model"), 0, format), format
+        model_config = build(ModelConfig, section(config, "model"), "model")
+        return ARBModel(model_config, seed, format, tensors), format, seed
 
 
 def _assign(model: ARBModel, tensors: dict[str, Tensor], path: Path) -> None:
@@ -142,8 +147,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    end_with(main)

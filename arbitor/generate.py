@@ -19,7 +19,7 @@ import torch
 
 from arbitor.content import Piece, continue_freely, describe, generate_content
 from arbitor.decoder import Decoder, Sampling, continue_text, texts
-from arbitor.errors import UserError
+from arbitor.errors import UserError, end_with
 from arbitor.export import open_model
 from arbitor.kernel.backend import BACKENDS, set_backend
 from arbitor.main import ARBModel
@@ -84,8 +84,8 @@ def _check(options: argparse.Namespace, sampling: Sampling) -> None:
     sampling.validate()
     if options.length < 1 or options.samples < 1:
         raise UserError("--length, --samples: expected at least 1")
-    if options.image and (options.modality or options.out):
-        raise UserError("--image: its caption is printed; leave out --modality and --out")
+    if options.image and (options.modality or options.out or options.prompt):
+        raise UserError("--image: its caption is printed; leave out --prompt, --modality and --out")
     if options.modality and (not options.out or options.prompt):
         raise UserError(
             f"--modality {options.modality}: give --out, the folder for its files, and --caption"
@@ -93,6 +93,12 @@ def _check(options: argparse.Namespace, sampling: Sampling) -> None:
         )
     if options.caption and not options.modality:
         raise UserError("--caption: give --modality too; a text goes on after --prompt")
+    if options.guidance != 1 and (
+        options.modality not in ("image", "video") or not options.caption
+    ):
+        raise UserError(
+            "--guidance: goes towards a caption; give --modality image or video, --caption"
+        )
 
 
 def _describe_picture(model: ARBModel, options: argparse.Namespace, sampling: Sampling) -> None:
@@ -145,7 +151,7 @@ def _write_texts(model: ARBModel, options: argparse.Namespace, sampling: Samplin
     if options.samples > 1:
         for number, text in enumerate(texts(symbols), start=1):
             print(f"--- {number}\n{options.prompt}{text}")
-    count = len(symbols) * options.samples
+    count = sum(symbol is not None for step in symbols for symbol in step)
     print(f"{count:,} bytes, {count / seconds:,.0f} a second", file=sys.stderr)
 
 
@@ -189,8 +195,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    end_with(main)

@@ -47,7 +47,7 @@ class MoEGraph(StepCounts):
         following_BT = torch.cat([codes_BT[:, 1:], end_B1], dim=1)
         return (codes_BT * (self.num_codes + 1) + following_BT).flatten()
 
-    def apply(self, counts_SL: Tensor, key: int) -> dict[str, float]:
+    def apply_counts(self, counts_SL: Tensor, key: int) -> dict[str, float]:
         """Takes the edge key of every position of every slot."""
         seen_U, times_U = counts_SL.flatten().unique(return_counts=True)
         is_edge_U = seen_U % (self.num_codes + 1) < self.num_codes

@@ -71,7 +71,7 @@ class Loop(StepCounts):
         # The number of rounds has no gradient; that of the remainder shortens them.
         return result_BTD.to(torch.bfloat16), PONDER_WEIGHT * remainder_BT1.mean()
 
-    def apply(self, counts_SL: Tensor, key: int) -> dict[str, float]:
+    def apply_counts(self, counts_SL: Tensor, key: int) -> dict[str, float]:
         """Takes the positions that each round found running; there is no state to move."""
         running_R = counts_SL.sum(dim=0)
         return {"loop/rounds": int(running_R.sum()) / int(running_R[0])}

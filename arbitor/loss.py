@@ -30,7 +30,8 @@ FIGURES = (
 
 @dataclass(frozen=True)
 class LossWeight:
-    """What the loss of a slot is multiplied by. Powers of two change no other bit of a gradient."""
+    """What the loss of a slot is multiplied by. Powers of two change no other bit of a gradient,
+    but a weight waits for its first update until a gradient reaches 2^-36."""
 
     text: float = 1.0
     code: float = 1.0

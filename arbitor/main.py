@@ -5,8 +5,8 @@ prints the full text stack of that size.
 Shape letters: B sequences, T positions, D width, V symbols, C code width, X values of a place.
 """
 
-import sys
-from dataclasses import fields, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from arbitor.attention.kv_cache import KvLedger
 from arbitor.batch import SlotBatch
 from arbitor.encoder.audio import AudioEncoder
-from arbitor.encoder.frozen_image import FrozenImageEncoder
+from arbitor.encoder.frozen_image import FrozenImageEncoder, read_transformer, shapes_of
 from arbitor.encoder.image import ImageEncoder, to_values
 from arbitor.encoder.places import Places
 from arbitor.encoder.text import WINDOW, TextEncoder
 from arbitor.encoder.video import VideoEncoder
-from arbitor.errors import UserError
+from arbitor.errors import UserError, end_with
 from arbitor.graph import MoEGraph
 from arbitor.head.byte import ByteHead
 from arbitor.head.router import OutputRouter
@@ -30,9 +30,9 @@ from arbitor.kernel.state_format import StateFormat
 from arbitor.kernel.ternary_scale import TernaryWeight
 from arbitor.loop import Loop
 from arbitor.loss import ROUTER_WEIGHT, SlotLosses, symbol_loss, watch_gradient
-from arbitor.model_config import SIZES, ModelConfig
+from arbitor.model_config import SIZES, ModelConfig, read_model_config
 from arbitor.model_table import model_table
-from arbitor.settings import build, read_yaml, section
+from arbitor.settings import build_part, read_yaml, section
 from arbitor.step_counts import StepCounts
 from arbitor.trunk import Block, LoopBlock
 from arbitor.vq import CODE_WIDTH, VQBridge
@@ -43,7 +43,14 @@ __all__ = ["SIZES", "ARBModel", "ModelConfig"]
 class ARBModel(nn.Module):
     """Calling it on a slot gives the slot's loss; gradients stay with the ternary weights."""
 
-    def __init__(self, config: ModelConfig, seed: int, format: StateFormat | None = None):
+    def __init__(
+        self,
+        config: ModelConfig,
+        seed: int,
+        format: StateFormat | None = None,
+        saved: Mapping[str, Tensor] | None = None,
+    ):
+        """Of `saved` tensors, which are to be loaded, only shapes that no configuration says."""
         super().__init__()
         format = format or StateFormat()
         format.check_activation(config.activation)
@@ -51,7 +58,7 @@ class ARBModel(nn.Module):
         self.text_encoder = TextEncoder(config.width, config.activation)
         self.image_encoder = self.audio_encoder = self.video_encoder = None
         if config.enable_image:
-            self.image_encoder = _image_encoder(config)
+            self.image_encoder = _image_encoder(config, saved or {})
         if config.enable_audio:
             self.audio_encoder = AudioEncoder(config.width)
         if config.enable_video:
@@ -206,11 +213,14 @@ class ARBModel(nn.Module):
         return [(n, m) for n, m in self.named_modules() if isinstance(m, TernaryWeight)]
 
 
-def _image_encoder(config: ModelConfig) -> ImageEncoder | FrozenImageEncoder:
-    shape = (config.image, config.width, config.activation)
-    if config.image_encoder:
-        return FrozenImageEncoder(Path(config.image_encoder), *shape)
-    return ImageEncoder(*shape)
+def _image_encoder(
+    config: ModelConfig, saved: Mapping[str, Tensor]
+) -> ImageEncoder | FrozenImageEncoder:
+    if not config.image_encoder:
+        return ImageEncoder(config.image, config.width, config.activation)
+    weights = shapes_of(saved, "image_encoder")
+    weights = weights or read_transformer(Path(config.image_encoder), config.image)
+    return FrozenImageEncoder(weights, config.width, config.activation)
 
 
 def _vq_bridge(config: ModelConfig) -> VQBridge:
@@ -249,17 +259,11 @@ def main(arguments: list[str]) -> str:
         )
     (named,) = arguments
     values = {"model": full_text_stack(named)} if named in SIZES else read_yaml(named)
-    config = build(ModelConfig, section(values, "model"), "model")
-    update = section(values, "update")
-    format_keys = {field.name for field in fields(StateFormat)} & update.keys()
-    format = build(StateFormat, {key: update[key] for key in format_keys}, "update")
+    config = read_model_config(values)
+    format = build_part(StateFormat, section(values, "update"), "update")
     with torch.device("meta"):  # shapes alone
         return model_table(ARBModel(config, 0, format), config)
 
 
 if __name__ == "__main__":
-    try:
-        print(main(sys.argv[1:]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    end_with(lambda words: print(main(words)))

@@ -1,10 +1,14 @@
 """ModelConfig: the shape of the model and which of its parts are built."""
 
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from arbitor.encoder.image import PatchGrid
 from arbitor.errors import UserError
 from arbitor.kernel.matmul.quantize import ACTIVATIONS
+from arbitor.settings import build, build_part, section
+from arbitor.vocab import CONTENT_SYMBOLS
 from arbitor.vq import MAX_CODES
 
 # The dial of the sizes, (width, num_layers); the weights are those with attention and all parts.
@@ -15,6 +19,8 @@ SIZES = {
     "1b": (2048, 20),
     "3b": (3072, 27),
 }
+
+_HEADS = {"talker_head": {"audio"}, "video_head": {"image", "video"}}
 
 
 @dataclass(frozen=True)
@@ -81,10 +87,13 @@ class ModelConfig:
         return grids[modality].patches_per_frame if modality in grids else 1
 
     def validate(self) -> None:
-        smallest = ("width", "num_layers", "head_width", "rotary_width", "codebook_size")
-        for name in (*smallest, "video_head_layers"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name}: expected at least 1, got {getattr(self, name)}")
+        smallest = {"width": 2, "num_layers": 1, "head_width": 1, "rotary_width": 1}
+        smallest |= {"codebook_size": 1, "video_head_layers": 1}
+        for name, minimum in smallest.items():
+            if getattr(self, name) < minimum:
+                raise UserError(
+                    f"model.{name}: expected at least {minimum}, got {getattr(self, name)}"
+                )
         if self.enable_graph and not self.enable_vq:
             raise UserError(
                 "model.enable_graph: its nodes are codes of the VQ bridge; set model.enable_vq"
@@ -111,6 +120,11 @@ class ModelConfig:
             )
         if self.attention_window < 0 or self.hca_stride < 0:
             raise UserError("model.attention_window, model.hca_stride: expected at least 0")
+        if self.attention_window and not self.enable_attention:
+            raise UserError(
+                "model.attention_window: there is no attention that it could limit; set"
+                " model.enable_attention, or attention_window and hca_stride to 0"
+            )
         if self.hca_stride and not self.attention_window:
             raise UserError(
                 "model.hca_stride: what lies before a window is compressed; set"
@@ -121,3 +135,78 @@ class ModelConfig:
                 f"model.activation: expected one of {', '.join(ACTIVATIONS)},"
                 f" got {self.activation!r}"
             )
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What a source says of the model, with the defaults of the data's section."""
+
+    modality: str = "text"
+    weight: float | list[list[float]] = 1.0
+
+    @property
+    def is_active(self) -> bool:
+        points = self.weight if isinstance(self.weight, list) else [[0, self.weight]]
+        return any(value > 0 for point in points for value in point[1:])
+
+
+@dataclass(frozen=True)
+class _Frames:
+    """What the sections of pictures and films say of the model."""
+
+    size: int
+    patch: int = 16
+    num_frames: int = 1
+    frames_per_second: float = PatchGrid.frames_per_second
+
+    def validate(self) -> None:
+        if self.patch < 1:
+            raise UserError(f"data: a patch has at least 1 pixel, got {self.patch}")
+
+
+_FRAMES = {"image": {"size": 224}, "video": {"size": 64, "num_frames": 8}}  # the data's defaults
+
+
+def read_model_config(values: Mapping[str, Any]) -> ModelConfig:
+    """The model that a run with these values of a YAML builds; without sources the model's section
+    says all."""
+    config = build(ModelConfig, section(values, "model"), "model")
+    data = section(values, "data")
+    given = section(data, "sources")
+    if not given:
+        return config
+    sources = [build_part(_Source, given[name], f"data.sources.{name}") for name in given]
+    grids = {}
+    for name, defaults in _FRAMES.items():
+        frames = build_part(_Frames, defaults | section(data, name), f"data.{name}")
+        side = frames.size // frames.patch
+        grids[name] = PatchGrid(frames.patch, side, frames.num_frames, frames.frames_per_second)
+    return with_decided_parts(config, {s.modality for s in sources if s.is_active}, grids)
+
+
+def with_decided_parts(
+    config: ModelConfig, needed: Collection[str], grids: Mapping[str, PatchGrid]
+) -> ModelConfig:
+    """The same model with every part decided: encoders and heads, where it leaves them open, by the
+    modalities of its sources, and the shapes of pictures and films.
+
+    Raises UserError for a source whose encoder is switched off, and for parts that do not fit.
+    """
+    parts: dict[str, Any] = {}
+    for name in CONTENT_SYMBOLS:
+        given = getattr(config, f"enable_{name}")
+        if given is False and name in needed:
+            raise UserError(
+                f"model.enable_{name}: is false, but a source of {name} has a weight above 0; leave"
+                f" it out, or set that weight to 0"
+            )
+        parts[f"enable_{name}"] = name in needed if given is None else given
+    built = {name for name in CONTENT_SYMBOLS if parts[f"enable_{name}"]}
+    for name, modalities in _HEADS.items():
+        wanted = getattr(config, f"enable_{name}") is not False
+        parts[f"enable_{name}"] = wanted and bool(modalities & built)
+    parts["enable_output_router"] = config.enable_output_router and bool(built)
+    shapes = {name: grid for name, grid in grids.items() if name in built}
+    config = replace(config, **parts, **shapes)
+    config.validate()
+    return config

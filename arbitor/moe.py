@@ -55,7 +55,7 @@ class MixtureOfExperts(StepCounts):
         # Score over the sum of the chosen scores, in logarithms: two scores may both be 0.
         return F.logsigmoid(logit_ME).masked_fill(~chosen_ME, -math.inf).softmax(dim=-1)
 
-    def apply(self, counts_SL: Tensor, key: int) -> dict[str, float]:
+    def apply_counts(self, counts_SL: Tensor, key: int) -> dict[str, float]:
         """Takes the load of every expert in every slot; the bias moves towards the mean load."""
         load_E = counts_SL.sum(dim=0)
         surplus_E = load_E * NUM_EXPERTS - load_E.sum()

@@ -37,7 +37,9 @@ class UpdateReport:
     zero_fraction: float  # share of the weights that are 0
     saturated_fraction: float  # share of the latents at their largest magnitude
     clipped_fraction: float  # share of the gradient entries beyond the integer range
-    parts: dict[str, float] = field(default_factory=dict)  # figures of the model's parts
+    # Figures of the model's parts, and how many weights got only gradients that are too small to
+    # give them exponents: those wait.
+    parts: dict[str, float] = field(default_factory=dict)
 
 
 class NonFiniteError(RuntimeError):
@@ -150,19 +152,18 @@ class TernaryOptimizer:
         losses, figures, count_lengths = self._gather(step)
         touched = [pair for pair in self.weights if self._contributions[pair[0]]]
         active = dict(pair for pair in touched if self._is_ready(step, *pair))
-        conversion = self._begin_sum(self._conversion)
+        conversion = self._begin_sum(self._conversion[1:])
         counts = self._begin_counts(count_lengths)
         buckets = self._sums.buckets(list(active))
         exchanges = [self._sums.begin_exchange(bucket) for bucket in buckets]
         self._end_sum(conversion)
-        non_finite, clipped = self._conversion.tolist()
-        if non_finite:
-            raise NonFiniteError(f"step {step}: {non_finite} gradient entries are not finite")
         for bucket, exchange in zip(buckets, exchanges, strict=True):
             self._end_sum(exchange)
             self._sums.end_exchange(bucket)
             self._update(bucket)
         parts = self._apply_counts(step, counts)
+        parts["ternary/untrained_weights"] = float(len(touched) - len(active))
+        clipped = int(self._conversion[1])
         weights = max(1, sum(weight.num_weights for weight in active.values()))
         shares = [count / weights for count in self._update_counts.tolist()]
         converted = max(1, sum(self._contributions[n] * w.num_weights for n, w in active.items()))
@@ -173,7 +174,7 @@ class TernaryOptimizer:
 
     def _gather(self, step: int) -> tuple[list[float], list[list[float]], list[int]]:
         """The losses and figures of all slots, and how many numbers each counting module counts in
-        a slot; makes the contributions those of all workers.
+        a slot; makes the contributions those of all workers. Stops what is not finite.
 
         What belongs to a slot comes from one worker, the others add 0: the sum copies it. A worker
         may have had no slot.
@@ -182,17 +183,21 @@ class TernaryOptimizer:
             self._loss_bits(),
             torch.tensor(list(self._contributions.values()), dtype=torch.int32),
             self._count_lengths(),
+            self._count_non_finite(),
         ]
         gathered = torch.cat([part.flatten().to(self.device) for part in parts])
         self._end_sum(self._begin_sum(gathered))
         sizes = [part.numel() for part in parts]
         self._num_slots.copy_(gathered.split(sizes)[1].unsqueeze(1))
-        bits, contributions, lengths = gathered.cpu().split(sizes)
+        bits, contributions, lengths, non_finite = gathered.cpu().split(sizes)
         rows = bits.view(torch.float32).view_as(parts[0]).tolist()
         losses, figures = [row[0] for row in rows], [row[1:] for row in rows]
         bad = [slot for slot, loss in enumerate(losses) if not math.isfinite(loss)]
         if bad:
             raise NonFiniteError(f"step {step}: the loss of slot {bad[0]} is {losses[bad[0]]}")
+        if non_finite:
+            count = int(non_finite)
+            raise NonFiniteError(f"step {step}: {count} gradient entries are not finite")
         self._contributions = dict(zip(self._updates, contributions.tolist(), strict=True))
         return losses, figures, lengths.view_as(parts[2]).amax(dim=0).tolist()
 
@@ -202,6 +207,14 @@ class TernaryOptimizer:
         for slot, counts in self._slot_counts.items():
             lengths[slot] = torch.tensor([counts_L.numel() for counts_L in counts])
         return lengths
+
+    def _count_non_finite(self) -> Tensor:
+        """int32 [1]: entries of this worker's gradients, also of those that wait for exponents."""
+        count = self._conversion[:1].clone()
+        for gradients in self._first_gradients.values():
+            for _, gradient in gradients:
+                count += gradient.numel() - gradient.isfinite().sum()
+        return count.clamp_(max=1 << 16).int()  # of many workers too
 
     def _loss_bits(self) -> Tensor:
         """int32 [slots, 1 + figures]: the float32 losses and figures of this worker's slots, 0
@@ -278,7 +291,7 @@ class TernaryOptimizer:
         for (name, module), (counts_SL, work) in zip(self.counters, gathered, strict=True):
             self._end_sum(work)
             key = stream_key(self.seed, step, tensor_id(name), STREAM_UPDATE)
-            figures |= module.apply(counts_SL, key)
+            figures |= module.apply_counts(counts_SL, key)
         return figures
 
     def _set_words(self, step: int) -> None:

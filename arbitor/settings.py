@@ -7,7 +7,7 @@ dataclasses, are sections of their own.
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -77,16 +77,28 @@ def build(cls: type[T], values: Any, path: str = "") -> T:
     arguments = {
         key: _convert(known[key], value, _join(path, key)) for key, value in values.items()
     }
+    for field in fields(cls):
+        if field.name not in values and field.default is field.default_factory is MISSING:
+            raise UserError(f"{_join(path, field.name)}: missing; give it a value")
     instance = cls(**arguments)
     if hasattr(instance, "validate"):
         instance.validate()
     return instance
 
 
-def section(values: Mapping[str, Any], name: str) -> Any:
+def build_part(cls: type[T], values: Any, path: str) -> T:
+    """As `build`, from those keys of a section that `cls` has; the section says more."""
+    if isinstance(values, Mapping):
+        values = {key: values[key] for key in (f.name for f in fields(cls)) if key in values}
+    return build(cls, values, path)
+
+
+def section(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     """One section of a YAML mapping, for commands that need only the model or only the data."""
     content = values.get(name)
-    return {} if content is None else content
+    if content is not None and not isinstance(content, dict):
+        raise UserError(f"{name}: expected a section of `key: value` lines, got {content!r}")
+    return content or {}
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 
 class StepCounts(nn.Module):
-    """A training slot's forward pass calls `count`; the optimizer calls `apply` once a step."""
+    """A training slot's forward pass calls `count`; the optimizer calls `apply_counts` once a
+    step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,7 +29,7 @@ class StepCounts(nn.Module):
         assert counts_L is not None, "every slot that trains passes every counting module"
         return counts_L
 
-    def apply(self, counts_SL: Tensor, key: int) -> dict[str, float]:
+    def apply_counts(self, counts_SL: Tensor, key: int) -> dict[str, float]:
         """Moves the state, a pure function of itself, the counts of all slots in their order and
         `key`, which stands for seed, step and module. Returns figures of the step for the log."""
         raise NotImplementedError

@@ -16,7 +16,7 @@ from arbitor.kernel.correlation.reference import finish_step
 from arbitor.kernel.latent_update.fixed_point import STREAM_UPDATE, stream_key, tensor_id
 from arbitor.kernel.latent_update.moments import NUM_WORDS, step_rates, update_words
 from arbitor.kernel.latent_update.op import add_slot, update
-from arbitor.kernel.latent_update.slots import slot_format
+from arbitor.kernel.latent_update.slots import slot_format_of
 from arbitor.kernel.state_format import StateFormat
 from arbitor.kernel.ternary_scale import TernaryWeight
 
@@ -60,7 +60,7 @@ class LatentRule:
 
     def __init__(self, config: UpdateConfig, total_steps: int, slots_per_step: int, seed: int):
         self.config, self.total_steps, self.seed = config, total_steps, seed
-        self.slot_format = slot_format(slots_per_step)
+        self.slot_format = slot_format_of(slots_per_step)
 
     @property
     def rounds_slots(self) -> bool:

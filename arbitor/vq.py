@@ -58,7 +58,7 @@ class VQBridge(StepCounts):
         added_BTD = self.up(straight_through_BTC.to(torch.bfloat16))
         return hidden_BTD + added_BTD, codes_BT, loss
 
-    def apply(self, counts_SL: Tensor, key: int) -> dict[str, float]:
+    def apply_counts(self, counts_SL: Tensor, key: int) -> dict[str, float]:
         """Takes the code of every position of every slot."""
         count_V = torch.bincount(counts_SL.flatten(), minlength=self.usage.numel())
         forgotten_V = (self.usage + (1 << USAGE_SHIFT) - 1) >> USAGE_SHIFT
@@ -84,7 +84,9 @@ class VQBridge(StepCounts):
         idle_steps = max(IDLE_STEPS, -(-IDLE_CHOICES * num_codes // positions))
         idle = (self.idle >= idle_steps).nonzero().flatten()
         usage_V, most_used = self.usage.sort(descending=True, stable=True)
-        crowded = most_used[usage_V * num_codes >= 2 * usage_V.sum()]
+        is_crowded_V = usage_V * num_codes >= 2 * usage_V.sum()
+        # Usage forgets slowly: a code that was crowded may be idle by now.
+        crowded = most_used[is_crowded_V & (self.idle[most_used] < idle_steps)]
         splits = min(idle.numel(), crowded.numel(), max(1, num_codes // SPLIT_SHARE))
         idle, crowded = idle[:splits], crowded[:splits]
         index = element_index(range(splits), CODE_WIDTH, CODE_WIDTH, self.usage.device)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from arbitor.kernel.latent_update.moments import step_rates, update_words
-from arbitor.kernel.latent_update.slots import slot_format
+from arbitor.kernel.latent_update.slots import slot_format_of
 from arbitor.kernel.latent_update.state import TernaryState, init_state
 from arbitor.kernel.latent_update.triton import quantize_slot_, update_
 from arbitor.kernel.matmul import op as matmul
@@ -15,7 +15,7 @@ from arbitor.kernel.matmul import triton as triton_matmul
 from arbitor.kernel.rms_norm.op import normalize
 from benchmarks.timing import num_buffers
 
-SLOTS = slot_format(16)
+SLOTS = slot_format_of(16)
 
 
 class BackwardProblem:

@@ -4,13 +4,12 @@ A run's YAML file is read for its data and the few values that the plan of the d
 what else stands in it is neither read nor checked.
 """
 
-import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+from arbitor import errors
 from arbitor.errors import UserError
 from arbitor.settings import build, parse_value, read_yaml, section, set_value
 from data_pipeline.files import ShardError
@@ -70,19 +69,8 @@ def open_data(settings: DataSettings) -> RunData:
 
 
 def end_with(command: Callable[[list[str]], int]) -> NoReturn:
-    """Runs a command on the command line's words; a mistake ends with one line and exit code 2."""
-    try:
-        code = command(sys.argv[1:])
-        sys.stdout.flush()
-    except (UserError, ShardError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt:
-        code = 130
-    except BrokenPipeError:  # `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 141
-    sys.exit(code)
+    """Runs a command on the command line's words; a bad shard is a mistake too."""
+    errors.end_with(command, ShardError)
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

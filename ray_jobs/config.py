@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from arbitor.errors import UserError
 from arbitor.kernel.backend import BACKENDS
+from arbitor.kernel.latent_update.fixed_point import SEEDS
 from arbitor.kernel.latent_update.slots import MAX_SLOTS
 from arbitor.loss import LossWeight
 from arbitor.main import ModelConfig
@@ -124,6 +125,8 @@ class RunConfig:
             raise UserError(f"mirror: expected a URI such as s3://bucket/runs, got {self.mirror!r}")
         if self.backend not in BACKENDS:
             raise UserError(f"backend: expected one of {', '.join(BACKENDS)}, got {self.backend!r}")
+        if self.seed not in SEEDS:
+            raise UserError(f"seed: expected 0 to 2^32 - 1, got {self.seed}")
         self.update.check_activation(self.model.activation)
         if self.data.slots_per_step > MAX_SLOTS:
             raise UserError(

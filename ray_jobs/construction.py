@@ -6,12 +6,10 @@ from typing import Any
 
 from arbitor.encoder.image import PatchGrid
 from arbitor.errors import UserError
-from arbitor.modality import BYTE_MODALITIES, MODALITIES
+from arbitor.model_config import with_decided_parts
+from arbitor.vocab import CONTENT_SYMBOLS
 from data_pipeline.schema import DataConfig
 from ray_jobs.config import RunConfig
-
-_CONTENT_MODALITIES = [name for name in MODALITIES if name not in BYTE_MODALITIES]
-_HEADS = {"talker_head": {"audio"}, "video_head": {"image", "video"}}
 
 
 def with_needed_parts(config: RunConfig) -> RunConfig:
@@ -21,24 +19,8 @@ def with_needed_parts(config: RunConfig) -> RunConfig:
     Raises UserError for a source whose encoder is switched off, and for parts that do not fit.
     """
     needed = {source.modality for source in config.data.active_sources.values()}
-    parts: dict[str, Any] = {}
-    for name in _CONTENT_MODALITIES:
-        given = getattr(config.model, f"enable_{name}")
-        if given is False and name in needed:
-            raise UserError(
-                f"model.enable_{name}: is false, but a source of {name} has a weight above 0; leave"
-                f" it out, or set that weight to 0"
-            )
-        parts[f"enable_{name}"] = name in needed if given is None else given
-    built = {name for name in _CONTENT_MODALITIES if parts[f"enable_{name}"]}
-    for name, modalities in _HEADS.items():
-        wanted = getattr(config.model, f"enable_{name}") is not False
-        parts[f"enable_{name}"] = wanted and bool(modalities & built)
-    parts["enable_output_router"] = config.model.enable_output_router and bool(built)
-    grids = {name: _grid(config.data, name) for name in ("image", "video") if name in built}
-    model = replace(config.model, **parts, **grids)
-    model.validate()
-    return replace(config, model=model)
+    grids = {name: _grid(config.data, name) for name in ("image", "video")}
+    return replace(config, model=with_decided_parts(config.model, needed, grids))
 
 
 def _grid(data: DataConfig, modality: str) -> PatchGrid:
@@ -54,7 +36,7 @@ def refuse_unbuilt(before: Mapping[str, Any], now: Mapping[str, Any], folder: st
 
     Both are flattened configurations with every part decided.
     """
-    for name in _CONTENT_MODALITIES:
+    for name in CONTENT_SYMBOLS:
         key = f"model.enable_{name}"
         if now[key] and not before[key]:
             raise UserError(

@@ -14,7 +14,7 @@ from typing import Any
 import ray
 
 from arbitor.checkpoint import CHECKPOINTS, newest_checkpoint, read_manifest
-from arbitor.errors import UserError
+from arbitor.errors import UserError, end_with
 from arbitor.modality import BYTE_MODALITIES
 from arbitor.settings import build, read_yaml, write_yaml
 from data_pipeline.index import index_sources
@@ -62,18 +62,20 @@ def exit_with_message(work: Callable[[], Any]) -> None:
     """Exit code 2 and one line for a user's mistake, 1 and the cause for a failed run, 128 + its
     number for a signal that stopped it.
     """
-    try:
-        work()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except StoppedError as error:
-        print(f"{error}; the same command goes on", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except RunFailedError as error:
-        print(f"run failed: {error}", file=sys.stderr)
-        print("the same command resumes at the newest checkpoint", file=sys.stderr)
-        sys.exit(1)
+
+    def command(_: list[str]) -> int:
+        try:
+            work()
+        except StoppedError as error:
+            print(f"{error}; the same command goes on", file=sys.stderr)
+            return error.exit_code
+        except RunFailedError as error:
+            print(f"run failed: {error}", file=sys.stderr)
+            print("the same command resumes at the newest checkpoint", file=sys.stderr)
+            return 1
+        return 0
+
+    end_with(command)
 
 
 def run(config: RunConfig) -> None:

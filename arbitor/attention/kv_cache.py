@@ -85,7 +85,7 @@ class KvLedger:
             return None
         ring, stride = layer.kv_cache.shape[1], max(1, self.stride)
         position_M = self.position + torch.arange(M, device=self.position.device)
-        start_M1 = exact_start(position_M, self.window or None, stride)[:, None]
+        start_M1 = exact_start(position_M, self.window, stride)[:, None]
         exact = torch.cat([self._in_ring(ring), position_M])
         seen = [(exact >= start_M1) & (exact <= position_M[:, None])]
         positions, pooled, blocks = [exact.clamp(min=0)], None, None

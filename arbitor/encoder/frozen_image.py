@@ -8,6 +8,8 @@ Shape letters: B pictures, P patches, X values of a patch, E width of the transf
 N heads, H head width, D width.
 """
 
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -47,9 +49,8 @@ class FrozenWeight(nn.Module):
 class FrozenImageEncoder(nn.Module):
     """Whole pictures, uint8 [B, P, X] -> bfloat16 [B, P, D]; only the last projection learns."""
 
-    def __init__(self, path: Path, grid: PatchGrid, width: int, activation: str):
+    def __init__(self, weights: Mapping[str, Tensor], width: int, activation: str):
         super().__init__()
-        weights = _read(path, grid)
         self.num_blocks = _num_blocks(weights)
         self.weights = nn.ModuleDict(
             {_key(name): FrozenWeight(weight) for name, weight in weights.items()}
@@ -98,7 +99,14 @@ class FrozenImageEncoder(nn.Module):
         return self.weights[_key(name)]()
 
 
-def _read(path: Path, grid: PatchGrid) -> dict[str, Tensor]:
+def shapes_of(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Of a saved model whose frozen encoder has this name: weights without values, on the meta
+    device, in the place of the file that it was made from; none of a model without one."""
+    found = ((re.fullmatch(rf"{name}\.weights\.(\w+)\.codes", key), key) for key in tensors)
+    return {m[1]: torch.empty_like(tensors[key], device="meta") for m, key in found if m}
+
+
+def read_transformer(path: Path, grid: PatchGrid) -> dict[str, Tensor]:
     """The file's tensors, the first projection made for values of -1..1 in the order of ours."""
     try:
         with safe_open(path, "pt") as file:
@@ -147,8 +155,8 @@ def _check_names(path: Path, weights: dict[str, Tensor]) -> None:
         )
 
 
-def _num_blocks(weights: dict[str, Tensor]) -> int:
-    numbers = (int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
+def _num_blocks(names: Iterable[str]) -> int:
+    numbers = (int(name.split("_")[1]) for name in map(_key, names) if name.startswith("blocks_"))
     return max(numbers, default=-1) + 1
 
 

@@ -85,7 +85,7 @@ def refuse_tilelang_training(rule: str) -> None:
 
 
 def count_path(op: str, path: str) -> None:
-    """Notes that `op` ran on `path`: torch, triton, cublas or tilelang; nothing when compiled."""
+    """Notes that `op` ran on `path`: torch, triton, plane, cublas or tilelang; none if compiled."""
     if torch.compiler.is_compiling():
         return
     _path_counts[op, path] += 1

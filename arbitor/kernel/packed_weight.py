@@ -10,7 +10,6 @@ from torch import Tensor
 
 from arbitor.kernel.latent_update.group_exponents import spread_over_groups
 from arbitor.kernel.matmul import op as matmul
-from arbitor.kernel.matmul.plane import unpack_plane
 
 
 @dataclass
@@ -28,12 +27,13 @@ class GroupedPackedState(PackedState):
     group_scale: Tensor  # [N, G], int8 whole octaves or int16 1/256 octave
 
 
-def packed_operand(state: PackedState, num_cols: int, group_size: int) -> Tensor:
-    """bfloat16 [N, K]: trits, times their group's scale if it has one."""
-    operand_NK = unpack_plane(state.plane, num_cols).to(torch.bfloat16)
-    if isinstance(state, GroupedPackedState):
-        octaves = 1 if state.group_scale.dtype == torch.int16 else 256
-        log2_scale_NG = (state.group_scale.int() * octaves).to(torch.int16)
+def scaled_operand(trits_NK: Tensor, group_scale_NG: Tensor | None, group_size: int) -> Tensor:
+    """bfloat16 [N, K]: trits, times their group's scale (as in the packed state) if it has one."""
+    operand_NK = trits_NK.to(torch.bfloat16)
+    if group_scale_NG is not None:
+        octaves = 1 if group_scale_NG.dtype == torch.int16 else 256
+        log2_scale_NG = (group_scale_NG.int() * octaves).to(torch.int16)
         scale_NG = matmul.row_scale(log2_scale_NG.flatten()).view_as(log2_scale_NG)
-        operand_NK *= spread_over_groups(scale_NG.to(torch.bfloat16), group_size, num_cols)
+        scale_NG = scale_NG.to(torch.bfloat16)
+        operand_NK *= spread_over_groups(scale_NG, group_size, trits_NK.shape[1])
     return operand_NK

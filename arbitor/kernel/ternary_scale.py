@@ -20,10 +20,8 @@ from arbitor.kernel.correlation.state import (
 )
 from arbitor.kernel.embedding.op import lookup, lookup_backward
 from arbitor.kernel.latent_update.group_exponents import (
-    group_operand,
     relative_exponents,
     scale_of_largest_group,
-    spread_over_groups,
 )
 from arbitor.kernel.latent_update.packed import pack_latent, stored_state, unpack_latent
 from arbitor.kernel.latent_update.state import (
@@ -35,7 +33,7 @@ from arbitor.kernel.latent_update.state import (
 from arbitor.kernel.matmul import op as matmul
 from arbitor.kernel.matmul.plane import pack_plane, unpack_plane
 from arbitor.kernel.matmul.quantize import Quantized
-from arbitor.kernel.packed_weight import GroupedPackedState, PackedState, packed_operand
+from arbitor.kernel.packed_weight import GroupedPackedState, PackedState, scaled_operand
 from arbitor.kernel.rms_norm.op import normalize, normalize_backward
 from arbitor.kernel.state_format import StateFormat
 
@@ -43,7 +41,8 @@ from arbitor.kernel.state_format import StateFormat
 class TernaryWeight(nn.Module):
     """The integer state of one [N, K] weight matrix as buffers: those of the rule it learns by.
 
-    `rate` multiplies the latent rate of the update rule: tables and heads learn slower.
+    `rate` says at which rate of the update rule the latents move: as a "matrix", or as a "table",
+    which tables and heads do (`update.table_rate` of it).
     """
 
     def __init__(self, num_rows: int, num_cols: int, gain: float = 1.0, rate: str = "matrix"):
@@ -71,12 +70,9 @@ class TernaryWeight(nn.Module):
 
     def pack(self) -> None:
         """Drops what only learning needs: from here on the weight is for generation."""
-        log2_scale_N, group_scale = self.log2_scale, None
-        if self.format.rule == "bigint":
-            group_scale = relative_log2_scale(self.state(), self.format.correlation_group)
-        elif self.format.group_size:
+        log2_scale_N, group_scale = self.log2_scale, self._group_scale()
+        if self.format.rule == "latent" and self.format.group_size:
             log2_scale_N = scale_of_largest_group(log2_scale_N, self.group_exponent)
-            group_scale = relative_exponents(self.group_exponent)
         plane_NQ = pack_plane(self.trits())
         if group_scale is None:
             self.load(PackedState(plane_NQ, log2_scale_N))
@@ -132,18 +128,17 @@ class TernaryWeight(nn.Module):
 
     def operand(self) -> Tensor:
         """bfloat16 [N, K]: trits, times their group's scale over `row_scale` if it has one."""
+        return scaled_operand(self.trits(), self._group_scale(), self.group_size)
+
+    def _group_scale(self) -> Tensor | None:
+        """As in the packed state; None where a row has one scale."""
+        if not self.group_size:
+            return None
         if self.is_packed:
-            return packed_operand(self.state(), self.num_cols, self.group_size)
-        if self.format.rule == "latent" and self.format.group_size:
-            return group_operand(self.trits(), self.group_exponent, self.format.group_size)
-        operand_NK = self.trits().to(torch.bfloat16)
+            return self.group_scale
         if self.format.rule == "bigint":
-            group_size = self.format.correlation_group
-            log2_scale_NG = relative_log2_scale(self.state(), group_size)
-            scale_NG = matmul.row_scale(log2_scale_NG.flatten()).view_as(log2_scale_NG)
-            scale_NG = scale_NG.to(torch.bfloat16)
-            operand_NK *= spread_over_groups(scale_NG, group_size, self.num_cols)
-        return operand_NK
+            return relative_log2_scale(self.state(), self.group_size)
+        return relative_exponents(self.group_exponent)
 
     def kernel_operand(self) -> Tensor:
         """What matmuls and lookups take: int8 latents, the uint8 plane of a packed weight, or the

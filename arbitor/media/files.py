@@ -34,11 +34,13 @@ def wav(codes_FC: np.ndarray) -> bytes:
 def mp4(frames_FHW3: np.ndarray, frames_per_second: float) -> bytes:
     """uint8 RGB as H.264, enlarged to FRAME_SIDE, an odd row or column cut off."""
     frames_FHW3 = enlarge(frames_FHW3, FRAME_SIDE)
+    height, width = (side // 2 * 2 for side in frames_FHW3.shape[1:3])
+    frames_FHW3 = np.ascontiguousarray(frames_FHW3[:, :height, :width])
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         rate = Fraction(frames_per_second).limit_denominator(1000)
         stream = container.add_stream("libx264", rate=rate, options={"qp": "10"})
-        stream.height, stream.width = (side // 2 * 2 for side in frames_FHW3.shape[1:3])
+        stream.height, stream.width = height, width
         stream.pix_fmt = "yuv420p"
         for pixels in frames_FHW3:
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")

@@ -20,7 +20,7 @@ def clamp(x: int, low: int, high: int) -> int:
 
 
 def plain_update(
-    state, grad_sum, fmt, rates, key, momentum_bits=8, latent_bits=8
+    state, grad_sum, slot_format, rates, key, momentum_bits=8, latent_bits=8
 ) -> dict[str, list]:
     """Every tensor of the state after one update, by the formulas of the specification."""
     N, K = state.latent.shape
@@ -31,11 +31,11 @@ def plain_update(
     largest, largest_m = {8: 127, 6: 31}[latent_bits], {8: 127, 4: 7}[momentum_bits]
     T, V, E = int(state.tensor_moment), state.scale_moment.tolist(), state.log2_scale.tolist()
     t = int(state.num_updates) + 1
-    gb = (fmt.slots_per_step * fmt.qmax).bit_length()
+    gb = (slot_format.slots_per_step * slot_format.qmax).bit_length()
     fraction = 21 - gb
     memory = min(243, 256 * (t - 1) // t)
     bias = round(-256 * math.log2(1 - (230 / 256) ** t))
-    e = [clamp(fmt.r0 - ((r + 128) >> 8), -100, 100) for r in R]
+    e = [clamp(slot_format.r0 - ((r + 128) >> 8), -100, 100) for r in R]
     column_shift = max(0, 62 - 2 * gb - (N * K - 1).bit_length())
 
     def moment(old, x, stream, index):

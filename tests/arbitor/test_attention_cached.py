@@ -6,19 +6,12 @@ import pytest
 import torch
 
 from arbitor.kernel import backend
+from arbitor.kernel.attention import cached_triton
 from arbitor.kernel.attention.cached import attend_seen
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Sequences, queries, keys, heads, head width.
 SHAPES = [(1, 1, 1, 1, 16), (2, 1, 65, 3, 64), (1, 3, 130, 2, 20), (2, 17, 40, 2, 32)]
-
-
-@pytest.fixture(autouse=True)
-def fresh_backend(monkeypatch):
-    monkeypatch.setattr(backend, "_active", None)
-    backend.clear_path_counts()
-    yield
-    backend.clear_path_counts()
 
 
 def random_problem(shape, dtype):
@@ -44,12 +37,9 @@ def in_float64(query, key, value, seen_MS):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", ["torch", "triton"])
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("shape", SHAPES)
-def test_output_equals_float64(shape, name, dtype, monkeypatch):
-    if name == "triton":
-        pytest.importorskip("triton")
-        empty = torch.empty_like
-        monkeypatch.setattr(torch, "empty_like", lambda x: empty(x).fill_(float("nan")))
+def test_output_equals_float64(shape, name, dtype):
     heads, seen_MS = random_problem(shape, dtype)
     backend.set_backend(name)
     out = attend_seen(*heads, seen_MS).double()
@@ -65,7 +55,6 @@ def test_output_equals_float64(shape, name, dtype, monkeypatch):
 
 @pytest.mark.parametrize("shape", SHAPES[:3])
 def test_the_kernel_rounds_where_plain_torch_does(shape, monkeypatch):
-    cached_triton = pytest.importorskip("arbitor.kernel.attention.cached_triton")
     heads, seen_MS = random_problem(shape, torch.bfloat16)
     backend.set_backend("triton")
     got = cached_triton.attend_seen(*heads, seen_MS).double()

@@ -17,14 +17,6 @@ LARGE = [(1, 1000, 3, 32, 32), (8, 2048, 32, 32, 32), (2, 1000, 5, 1, 2), (1, 40
 ALL = SHAPES + [pytest.param(shape, marks=pytest.mark.gpu) for shape in LARGE]
 
 
-@pytest.fixture(autouse=True)
-def fresh_backend(monkeypatch):
-    monkeypatch.setattr(backend, "_active", None)
-    backend.clear_path_counts()
-    yield
-    backend.clear_path_counts()
-
-
 def random_problem(shape, dtype):
     """Inputs as `MultiHeadLatentAttention` passes them: the rotary key is a slice; gradients."""
     B, T, N, C, W = shape
@@ -82,12 +74,9 @@ def in_float64(inputs, gradients, shape):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", ["torch", "triton"])
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("shape", ALL)
-def test_outputs_and_gradients_equal_float64(shape, name, dtype, monkeypatch):
-    if name == "triton":
-        pytest.importorskip("triton")
-        empty = torch.empty
-        monkeypatch.setattr(torch, "empty", lambda *s, **k: empty(*s, **k).fill_(float("nan")))
+def test_outputs_and_gradients_equal_float64(shape, name, dtype):
     inputs, gradients = random_problem(shape, dtype)
     got = run(name, inputs, gradients, shape)
     # bfloat16 rounds by 2^-8 of the number; float32 sums of up to 32 terms are good to 2^-20 of
@@ -110,7 +99,6 @@ def test_outputs_and_gradients_equal_float64(shape, name, dtype, monkeypatch):
 
 @pytest.mark.parametrize("name", ["torch", "triton"])
 def test_attention_reads_the_results_without_copies(name):
-    pytest.importorskip("triton")
     backend.set_backend(name)
     (query, expanded, rotary_key), _ = random_problem((2, 5, 3, 32, 32), torch.bfloat16)
     heads = attention_heads(query, expanded, rotary_key, rotation_table(5, 16, query.device), 3)
@@ -124,7 +112,6 @@ def test_attention_reads_the_results_without_copies(name):
 @pytest.mark.parametrize("name", ["torch", "triton"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_keys_and_queries_alone_are_those_of_all_heads(shape, name):
-    pytest.importorskip("triton")
     (query, expanded, rotary_key), (_, *gradients) = inputs, grads = random_problem(
         shape, torch.bfloat16
     )
@@ -145,7 +132,6 @@ def test_keys_and_queries_alone_are_those_of_all_heads(shape, name):
 
 @pytest.mark.parametrize("name", ["torch", "triton"])
 def test_a_slice_of_the_table_continues_a_sequence(name):
-    pytest.importorskip("triton")
     backend.set_backend(name)
     shape = (2, 9, 3, 16, 16)
     inputs, _ = random_problem(shape, torch.bfloat16)

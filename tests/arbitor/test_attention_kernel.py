@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from arbitor.kernel import backend
-from arbitor.kernel.attention import chunked, reference
+from arbitor.kernel.attention import chunked, reference, triton
 from arbitor.kernel.attention.op import attend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -24,25 +24,14 @@ ALL = SHAPES + [pytest.param(shape, marks=pytest.mark.gpu) for shape in LARGE]
 BY_TRITON = {("attention.forward", "triton"): 1, ("attention.backward", "triton"): 1}
 
 
-@pytest.fixture(autouse=True)
-def fresh_backend(monkeypatch):
-    monkeypatch.setattr(backend, "_active", None)
-    backend.clear_path_counts()
-    yield
-    backend.clear_path_counts()
-
-
 @pytest.fixture
-def kernels(monkeypatch):
+def kernels(monkeypatch, poisoned):
     """The Triton module with poisoned outputs; on the interpreter with blocks so small that short
     sequences have several, of queries wider than of keys and the other way round."""
-    triton = pytest.importorskip("arbitor.kernel.attention.triton")
     if DEVICE == "cpu":
         monkeypatch.setattr(triton, "FORWARD", {128: triton.Tile(32, 16, 4, 1)})
         monkeypatch.setattr(triton, "BACKWARD_QUERY", {128: triton.Tile(16, 32, 4, 1)})
         monkeypatch.setattr(triton, "BACKWARD_KEY", {128: triton.Tile(16, 32, 4, 1)})
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *s, **k: empty(*s, **k).fill_(float("nan")))
     return triton
 
 
@@ -67,7 +56,7 @@ def random_problem(shape, dtype=torch.bfloat16, num_blocks=0):
     return on_device(query), on_device(key), value, on_device(grad), *compressed
 
 
-def run(name, problem, window=None, stride=1):
+def run(name, problem, window=0, stride=1):
     """Output and gradients on a backend."""
     backend.set_backend(name)
     return backward(attend, problem, window, stride)
@@ -81,7 +70,7 @@ def backward(call, problem, window, stride):
     return [out.detach(), *(leaf.grad for leaf in leaves)]
 
 
-def in_float64(problem, window=None, stride=1):
+def in_float64(problem, window=0, stride=1):
     """The same by the reference; and of each the sum of its terms without their signs."""
     problem = [x.double() for x in problem]
     exact = backward(reference.attend, problem, window, stride)
@@ -243,7 +232,7 @@ def test_sharp_attention_follows_the_largest_logit(kernels):
     assert_within_rounding(run("triton", problem), *in_float64(problem))
 
 
-@pytest.mark.parametrize("window, stride, num_blocks", [(None, 1, 0), (16, 4, 17)])
+@pytest.mark.parametrize("window, stride, num_blocks", [(0, 1, 0), (16, 4, 17)])
 def test_a_later_position_changes_no_bit_of_an_earlier_one(window, stride, num_blocks, kernels):
     problem = random_problem((1, 70, 1, 32), num_blocks=num_blocks)
     before = run("triton", problem, window, stride)[0]
@@ -257,7 +246,7 @@ def test_a_later_position_changes_no_bit_of_an_earlier_one(window, stride, num_b
     assert not torch.equal(before[:, 40:], after[:, 40:])
 
 
-@pytest.mark.parametrize("window, stride, num_blocks", [(None, 1, 0), (128, 16, 94)])
+@pytest.mark.parametrize("window, stride, num_blocks", [(0, 1, 0), (128, 16, 94)])
 @pytest.mark.parametrize(
     "shape", [(1, 33, 2, 32), pytest.param((4, 1500, 16, 64), marks=pytest.mark.gpu)]
 )
@@ -280,7 +269,7 @@ def test_gradients_of_any_strides_are_read(kernels):
 
 
 @pytest.mark.parametrize("dtype, H", [(torch.bfloat16, 24), (torch.float32, 32)])
-@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("window", [0, 4])
 def test_what_the_kernels_do_not_serve_takes_the_path_of_torch(window, dtype, H, kernels):
     problem = random_problem((1, 9, 2, H), dtype)
     got = run("triton", problem, window)

@@ -1,5 +1,7 @@
 """The audit: every persistent tensor listed, none of them float, the bits as designed."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -51,8 +53,10 @@ def test_lists_every_tensor_and_finds_no_float(rule, tmp_path, capsys):
     assert "weights" in printed and "FLOAT" not in printed
 
 
-def test_nothing_of_any_modality_is_float():
-    model = ARBModel(ALL_PARTS, seed=0)
+@pytest.mark.parametrize("parts", [(), ("vq", "graph", "moe")], ids=["content", "everything"])
+def test_nothing_of_any_modality_is_float(parts):
+    config = replace(ALL_PARTS, **{f"enable_{part}": True for part in parts})
+    model = ARBModel(config, seed=0)
     optimizer = one_step(model, UpdateConfig(warmup_steps=1))
     tensors = live_tensors(model)
     assert not [tensor for tensor in tensors if tensor.is_float]

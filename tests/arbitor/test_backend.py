@@ -10,23 +10,12 @@ import torch
 from arbitor.errors import UserError
 from arbitor.kernel import backend
 from arbitor.kernel import matmul as matmul_package
+from arbitor.kernel.latent_update.state import trits
 from arbitor.kernel.matmul.reference import matmul_forward
 from arbitor.kernel.state_format import StateFormat
 from arbitor.kernel.ternary_scale import TernaryEmbedding, TernaryLinear
 
 ON_GPU = torch.cuda.is_available()
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-
-
-@pytest.fixture(autouse=True)
-def fresh_backend(monkeypatch):
-    """No choice has been made, nothing has been counted; afterwards as before."""
-    monkeypatch.setattr(backend, "_active", None)
-    monkeypatch.delenv(backend.BACKEND_VARIABLE, raising=False)
-    monkeypatch.delenv(backend.TILELANG_TRAINING_VARIABLE, raising=False)
-    backend.clear_path_counts()
-    yield
-    backend.clear_path_counts()
 
 
 def make_linear(activation="fp8", device="cpu", rule="latent"):
@@ -74,7 +63,6 @@ def test_the_interpreter_runs_only_when_asked_for(monkeypatch):
         assert backend.resolve_backend("triton") == "triton"
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 @pytest.mark.parametrize("activation", ["fp8", "int8"])
 def test_a_linear_learns_the_same_on_both_paths(activation):
     torch.manual_seed(0)
@@ -103,7 +91,6 @@ def test_a_linear_learns_the_same_on_both_paths(activation):
         assert (ours - reference).norm() / reference.norm() < 2**-7
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 @pytest.mark.parametrize("activation", ["fp8", "int8"])
 def test_groups_with_scales_learn_the_same_on_both_paths(activation):
     """Norm and quantizer on their paths, the matmuls plain bfloat16 ones on both."""
@@ -125,7 +112,6 @@ def test_groups_with_scales_learn_the_same_on_both_paths(activation):
         assert (ours - reference).norm() / reference.norm() < 2**-7
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 def test_an_embedding_is_the_same_on_both_paths():
     torch.manual_seed(0)
     indices, grad = torch.randint(0, 7, (2, 20)), torch.randn(2, 20, 24).bfloat16()
@@ -179,8 +165,23 @@ class PlainMatmul:
 
     @staticmethod
     def matmul_forward(x, weight_NK, row_scale_N):
-        assert weight_NK.dtype == torch.bfloat16
+        if weight_NK.dtype == torch.int8:
+            weight_NK = trits(weight_NK).bfloat16()
         return matmul_forward(x, weight_NK, row_scale_N)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rule", ["latent", "bigint"])
+def test_a_packed_weight_takes_tilelang_too(rule, monkeypatch):
+    monkeypatch.setitem(sys.modules, "arbitor.kernel.matmul.tilelang", PlainMatmul)
+    monkeypatch.setattr(matmul_package, "tilelang", PlainMatmul, raising=False)
+    linear, x = make_linear(rule=rule), torch.linspace(-1, 1, 960).view(10, 96)
+    linear.pack()
+    backend.set_backend("torch")
+    expected = linear(x)
+    backend.set_backend("tilelang")
+    assert torch.equal(linear(x), expected)
+    assert backend.path_counts()["matmul.forward", "tilelang"] == 1
 
 
 def test_the_backward_pass_beside_tilelang_is_the_torch_paths(monkeypatch):

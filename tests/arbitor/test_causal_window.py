@@ -12,22 +12,11 @@ SHAPES = [(3, 1, 7, 3), (2, 2, 65, 3), (3, 63, 300, 3), (1, 9, 16, 1)]
 ALL = SHAPES + [pytest.param((8, 2048, 2048, 3), marks=pytest.mark.gpu)]
 
 
-@pytest.fixture(autouse=True)
-def fresh_backend(monkeypatch):
-    monkeypatch.setattr(backend, "_active", None)
-    backend.clear_path_counts()
-    yield
-    backend.clear_path_counts()
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", ["torch", "triton"])
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("shape", ALL)
-def test_windows_and_their_gradient(shape, name, dtype, monkeypatch):
-    if name == "triton":
-        pytest.importorskip("triton")
-        empty = torch.empty
-        monkeypatch.setattr(torch, "empty", lambda *s, **k: empty(*s, **k).fill_(float("nan")))
+def test_windows_and_their_gradient(shape, name, dtype):
     B, T, D, W = shape
     generator = torch.Generator().manual_seed(T)
     x = torch.randn(B, T, D, generator=generator).to(DEVICE, dtype).requires_grad_()
@@ -35,7 +24,6 @@ def test_windows_and_their_gradient(shape, name, dtype, monkeypatch):
     backend.set_backend(name)
     out = causal_window(x, W)
     out.backward(grad.flatten(2))
-    monkeypatch.undo()
     windows, exact = out.detach().view(B, T, W, D), torch.zeros(B, T, D, dtype=torch.float64)
     exact = exact.to(DEVICE)
     for w in range(W):

@@ -23,6 +23,7 @@ from arbitor.generate import main
 from arbitor.head.router import BYTE_HEAD, TALKER_HEAD, VIDEO_HEAD
 from arbitor.head.video import Context
 from arbitor.main import ARBModel
+from arbitor.media.files import FRAME_SIDE, mp4
 from arbitor.media.patches import to_patches
 from arbitor.optimizer import TernaryOptimizer, UpdateConfig
 from arbitor.trainer import SlotRunner, train_step
@@ -239,6 +240,17 @@ def test_a_film_is_an_mp4_of_its_frames(run_folder, tmp_path):
         assert len(frames) == ALL_PARTS.video.frames and frames[0].shape == (96, 96, 3)
         found.append(np.mean(frames))
     assert found[0] + 100 < found[1]
+
+
+def test_a_film_of_odd_sides_loses_a_row_and_a_column_and_is_not_rescaled():
+    side = FRAME_SIDE + 1
+    noise = np.random.default_rng(0).integers(0, 256, (2, side, side, 1), dtype=np.uint8)
+    film = noise.repeat(3, axis=-1)
+    with av.open(io.BytesIO(mp4(film, 4.0))) as container:
+        found = np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
+    assert found.shape == (2, FRAME_SIDE, FRAME_SIDE, 3)
+    error = np.abs(found.astype(int) - film[:, :FRAME_SIDE, :FRAME_SIDE]).mean()
+    assert error < 4  # quantized, while neighbours differ by 85 on average
 
 
 def test_freely_the_byte_head_begins_and_the_router_says_who_speaks(model, monkeypatch):

@@ -81,9 +81,7 @@ def test_the_full_stack_chooses_the_same_codes_and_experts_from_the_ledger():
     assert other_BT.float().mean() < 0.02
 
 
-def test_the_kernels_give_the_ledger_what_they_give_the_sequence(monkeypatch):
-    pytest.importorskip("triton")
-    monkeypatch.setattr(backend, "_active", None)
+def test_the_kernels_give_the_ledger_what_they_give_the_sequence():
     backend.set_backend("triton")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = ARBModel(replace(HCA, num_layers=1, attention_window=4, hca_stride=2), seed=1)
@@ -200,6 +198,7 @@ def test_gradients_reach_the_gate_and_the_table_of_places():
     ("values", "message"),
     [
         ({"attention_window": -1}, "model.attention_window.*at least 0"),
+        ({"attention_window": 8}, "model.attention_window: .*set model.enable_attention"),
         ({"hca_stride": 16}, "model.hca_stride: .*set model.attention_window"),
     ],
 )

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from arbitor.kernel.correlation import reference as rule
-
-triton_correlation = pytest.importorskip("arbitor.kernel.correlation.triton")
+from arbitor.kernel.correlation import triton as triton_correlation
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(1, 1), (2, 63), (5, 65), (3, 1000), (33, 130)]

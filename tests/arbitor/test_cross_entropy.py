@@ -13,14 +13,6 @@ SHAPES = [(1, 2), (63, 288), (65, 63), (5, 1000)]
 ALL = SHAPES + [pytest.param((16384, 288), marks=pytest.mark.gpu)]
 
 
-@pytest.fixture(autouse=True)
-def fresh_backend(monkeypatch):
-    monkeypatch.setattr(backend, "_active", None)
-    backend.clear_path_counts()
-    yield
-    backend.clear_path_counts()
-
-
 def random_problem(shape):
     """Logits of some hundreds and below -100, every third position without a target."""
     M, V = shape
@@ -33,12 +25,9 @@ def random_problem(shape):
 
 
 @pytest.mark.parametrize("name", ["torch", "triton"])
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("shape", ALL)
-def test_loss_and_gradient_equal_float64(shape, name, monkeypatch):
-    if name == "triton":
-        pytest.importorskip("triton")
-        empty = torch.empty
-        monkeypatch.setattr(torch, "empty", lambda *s, **k: empty(*s, **k).fill_(float("nan")))
+def test_loss_and_gradient_equal_float64(shape, name):
     logits, targets = random_problem(shape)
     leaf, exact = logits.clone().requires_grad_(), logits.double().requires_grad_()
     backend.set_backend(name)
@@ -60,7 +49,6 @@ def test_loss_and_gradient_equal_float64(shape, name, monkeypatch):
 
 @pytest.mark.parametrize("name", ["torch", "triton"])
 def test_without_any_target_the_loss_is_no_number_and_the_gradient_zero(name):
-    pytest.importorskip("triton")
     backend.set_backend(name)
     logits = torch.randn(3, 5, device=DEVICE).bfloat16().requires_grad_()
     loss = cross_entropy(logits, torch.full((3,), NO_TARGET, device=DEVICE))

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
+from arbitor.kernel.matmul import decode_gemv as gemv
 from arbitor.kernel.matmul.plane import pack_plane, plane_matmul, unpack_plane
 from arbitor.kernel.matmul.quantize import Quantized
 from arbitor.kernel.matmul.reference import quantize_activation
 
-gemv = pytest.importorskip("arbitor.kernel.matmul.decode_gemv")
-
+pytestmark = pytest.mark.usefixtures("poisoned")
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 SHAPES = [
@@ -43,13 +43,11 @@ def test_the_plane_holds_every_trit(num_inputs):
 
 @pytest.mark.parametrize("activation", ["fp8", "int8"])
 @pytest.mark.parametrize("shape", ALL)
-def test_products_equal_the_reference(shape, activation, monkeypatch):
+def test_products_equal_the_reference(shape, activation):
     x, trits_NK, row_scale_N = random_problem(shape, activation)
     plane_NQ = pack_plane(trits_NK)
     expected = plane_matmul(x, plane_NQ, row_scale_N).double()
     on_device = Quantized(x.codes.to(DEVICE), x.scale.to(DEVICE))
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *s, **k: empty(*s, **k).fill_(float("nan")))
     y_MN = gemv.plane_matmul(on_device, plane_NQ.to(DEVICE), row_scale_N.to(DEVICE)).cpu().double()
     # Both results are rounded to bfloat16, the reference's accumulator as well; a GPU's fp8
     # accumulators keep 14 bits of the largest partial sum.

@@ -13,6 +13,7 @@ from arbitor.errors import UserError
 from arbitor.export import export, main, open_model
 from arbitor.kernel.state_format import StateFormat
 from arbitor.main import ARBModel, ModelConfig
+from tests.arbitor.content_slots import ALL_PARTS, made_up_slot
 from tests.arbitor.float_model import random_symbols
 
 CONFIG = ModelConfig(
@@ -28,10 +29,10 @@ FULL = replace(CONFIG, enable_vq=True, enable_graph=True, enable_moe=True, codeb
 FORMATS = [StateFormat(), StateFormat(latent_bits=6, group_size=16), StateFormat(rule="bigint")]
 
 
-def save(folder, format=FORMATS[0], config=CONFIG, step=3, model=None):
+def save(folder, format=FORMATS[0], config=CONFIG, step=3, model=None, seed=1):
     """A run's folder with one checkpoint, and the model in it."""
-    model = model or ARBModel(config, 1, format)
-    values = {"model": vars(config), "update": vars(format) | {"latent_rate": 3.0}}
+    model = model or ARBModel(config, seed, format)
+    values = {"seed": seed, "model": vars(config), "update": vars(format) | {"latent_rate": 3.0}}
     save_checkpoint(
         folder / "checkpoints",
         model.state_dict(),
@@ -59,6 +60,16 @@ def test_a_run_a_checkpoint_and_a_file_give_the_logits_of_the_trained_model(
             opened = open_model(tmp_path / path)
             assert opened.step == 3
             assert torch.equal(opened.model.logits(symbols), expected), path
+
+
+@torch.no_grad()
+def test_losses_of_pictures_have_the_noise_of_the_run(tmp_path):
+    model = save(tmp_path, config=ALL_PARTS, seed=7)
+    main([str(tmp_path), "--out", str(tmp_path / "model.safetensors")])
+    for name in ("", "model.safetensors"):
+        opened = open_model(tmp_path / name).model
+        for batch in (made_up_slot("image"), made_up_slot("video")):
+            assert torch.equal(opened(batch), model(batch)), name
 
 
 def test_the_bytes_are_those_of_the_documented_format(tmp_path):

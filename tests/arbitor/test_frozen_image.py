@@ -10,11 +10,11 @@ from safetensors.torch import save_file
 from arbitor.audit import live_tensors, one_step
 from arbitor.content import describe
 from arbitor.decoder import Sampling
-from arbitor.encoder.frozen_image import FrozenImageEncoder, FrozenWeight
+from arbitor.encoder.frozen_image import FrozenImageEncoder, FrozenWeight, read_transformer
 from arbitor.encoder.image import PatchGrid
 from arbitor.encoder.places import Places
 from arbitor.errors import UserError
-from arbitor.export import open_model
+from arbitor.export import main, open_model
 from arbitor.main import ARBModel
 from arbitor.media.patches import from_patches
 from arbitor.optimizer import UpdateConfig
@@ -93,7 +93,7 @@ def test_features_are_those_of_the_float_transformer(path):
     content = made_up_slot("image").content_BPX
     pixels = torch.from_numpy(from_patches(content.numpy(), IMAGE.patch)).float()
     expected = plain_features(stand_in(), pixels)
-    found = FrozenImageEncoder(path, IMAGE, 64, "fp8").features(content)
+    found = FrozenImageEncoder(read_transformer(path, IMAGE), 64, "fp8").features(content)
     # Weights keep 6.5 bits or more, activations the 8 of bfloat16: 2^-7 a product, over some ten.
     assert (found.float() - expected).norm() < 0.03 * expected.norm()
 
@@ -132,11 +132,19 @@ def test_a_picture_changes_no_state_before_it_nor_in_other_rows(path):
     assert not torch.equal(before[1, first], after[1, first]), "its first place knows it whole"
 
 
-def test_a_checkpoint_opens_with_it_and_describes_a_picture(path, tmp_path):
-    save(tmp_path, config=replace(ALL_PARTS, image_encoder=str(path)))
-    model = open_model(tmp_path).model
-    content = made_up_slot("image").content_BPX.numpy()
-    assert len(describe(model, "image", content, 4, Sampling(temperature=0))) == 3
+def test_a_checkpoint_and_a_file_hold_all_of_it(tmp_path):
+    path = tmp_path / "dino.safetensors"
+    save_file(stand_in(), path)
+    trained = save(tmp_path, config=replace(ALL_PARTS, image_encoder=str(path)))
+    path.unlink()
+    main([str(tmp_path), "--out", str(tmp_path / "model.safetensors")])
+    batch = made_up_slot("image")
+    expected = trained.image_encoder(batch.content_BPX)
+    for name in ("", "model.safetensors"):
+        model = open_model(tmp_path / name).model
+        assert torch.equal(model.image_encoder(batch.content_BPX), expected)
+        content = batch.content_BPX.numpy()
+        assert len(describe(model, "image", content, 4, Sampling(temperature=0))) == 3
 
 
 @pytest.mark.parametrize("name", ["blocks.1.attn.qkv.bias", "blocks.0.ls2.gamma", "pos_embed"])
@@ -146,18 +154,18 @@ def test_a_missing_tensor_is_named(name, tmp_path):
     save_file(tensors, tmp_path / "x.safetensors")
     message = f"model.image_encoder: .*x.safetensors lacks {name}; expected a DINOv2"
     with pytest.raises(UserError, match=message):
-        FrozenImageEncoder(tmp_path / "x.safetensors", IMAGE, 64, "fp8")
+        read_transformer(tmp_path / "x.safetensors", IMAGE)
 
 
 def test_a_tensor_that_would_be_left_out_is_named(tmp_path):
     tensors = stand_in() | {"register_tokens": torch.zeros(1, 4, WIDTH)}
     save_file(tensors, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match="has register_tokens, which a DINOv2"):
-        FrozenImageEncoder(tmp_path / "x.safetensors", IMAGE, 64, "fp8")
+        read_transformer(tmp_path / "x.safetensors", IMAGE)
 
 
 def test_pictures_of_another_size_and_a_missing_file_are_refused(path, tmp_path):
     with pytest.raises(UserError, match="takes 4 patches of 4 pixels; set data.image.patch to 4"):
-        FrozenImageEncoder(path, PatchGrid(patch=4, side=3), 64, "fp8")
+        read_transformer(path, PatchGrid(patch=4, side=3))
     with pytest.raises(UserError, match="no.safetensors cannot be read as safetensors"):
-        FrozenImageEncoder(tmp_path / "no.safetensors", IMAGE, 64, "fp8")
+        read_transformer(tmp_path / "no.safetensors", IMAGE)

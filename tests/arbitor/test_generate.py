@@ -91,6 +91,11 @@ def test_the_command_prints_prompt_and_text(run_folder, capsys):
         (["--temperature", "-1"], "--temperature: expected 0 to 100, got -1"),
         (["--top-p", "0"], "--top-p: expected more than 0"),
         (["--length", "0"], "expected at least 1"),
+        (["--seed", "-1"], r"--seed: expected 0 to 2\^32 - 1, got -1"),
+        (["--seed", str(2**64)], "--seed: expected 0 to"),
+        (["--image", "x.png", "--prompt", "So"], "--image: .* leave out --prompt,"),
+        (["--prompt", "So", "--out", "x", "--guidance", "2"], "--guidance: .* --caption"),
+        (["--modality", "audio", "--out", "x", "--guidance", "2"], "--guidance: .* --caption"),
     ],
 )
 def test_a_mistake_names_the_flag(arguments, message, run_folder):

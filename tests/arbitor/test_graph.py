@@ -24,7 +24,7 @@ def codes_of(step, slots=3):
 
 def apply(graph, codes_SBT):
     keys = torch.stack([graph._edge_keys(codes_BT) for codes_BT in codes_SBT])
-    return graph.apply(keys, key=0)
+    return graph.apply_counts(keys, key=0)
 
 
 def plain_edges(steps):

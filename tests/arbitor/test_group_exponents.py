@@ -95,7 +95,7 @@ def test_the_operand_times_the_row_scale_is_the_weight():
 def final_loss(group_size, steps=150):
     """A teacher with octaves of its own in every group, its trits known, scales to be learned."""
     format = StateFormat(group_size=group_size)
-    fmt = slots.slot_format(1)
+    slot_format = slots.slot_format_of(1)
     generator = torch.Generator().manual_seed(3)
     teacher, student = TernaryWeight(16, 128), TernaryWeight(16, 128)
     teacher.initialize(0, "w", StateFormat(group_size=32))
@@ -110,12 +110,12 @@ def final_loss(group_size, steps=150):
         grad = error.T @ x
         if step == 0:
             state.calibrate(student.state(), slots.quantize_exact(grad))
-        exponent_N = slots.row_exponents(student.row_moment, fmt)
-        total, _, _ = slots.quantize_slot(grad, exponent_N, fmt, step)
+        exponent_N = slots.row_exponents(student.row_moment, slot_format)
+        total, _, _ = slots.quantize_slot(grad, exponent_N, slot_format, step)
         rates = moments.step_rates(0, round(65536 * 256 * 0.05))
         words = torch.tensor(moments.update_words(rates, step, step + 1), dtype=torch.int32)
         counters = torch.zeros(3, dtype=torch.int64)
-        update(student.state(), total, fmt, words, counters, format)
+        update(student.state(), total, slot_format, words, counters, format)
     return sum(losses[-10:]) / 10
 
 

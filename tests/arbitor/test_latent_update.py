@@ -9,7 +9,7 @@ from arbitor.kernel.latent_update import fixed_point as fp
 from arbitor.kernel.latent_update import moments, slots
 from arbitor.kernel.latent_update import reference as rule
 from arbitor.kernel.latent_update import state as start
-from arbitor.kernel.latent_update.slots import slot_format
+from arbitor.kernel.latent_update.slots import slot_format_of
 from arbitor.kernel.state_format import INT8
 from tests.arbitor.plain_update import plain_update
 from tests.arbitor.update_cases import (
@@ -38,7 +38,7 @@ def test_update_in_fewer_bits_is_the_specification(monkeypatch, shape, slots, fo
 
 def steps_are_the_specification(monkeypatch, shape, slots, format):
     monkeypatch.setattr(fp, "BLOCK_ELEMENTS", 4 * shape[1])
-    fmt = slot_format(slots)
+    slot_format = slot_format_of(slots)
     grads = [random_gradient(*shape, seed) for seed in range(2)]
     grads[0][shape[0] // 2] *= 2.0**-24  # a row far below the rest: its columns' share is cut
     grads[1][shape[0] // 2] = 0
@@ -46,10 +46,10 @@ def steps_are_the_specification(monkeypatch, shape, slots, format):
     bits = (format.momentum_bits, format.latent_bits)
     scales = [1.0, 1.0, 50.0, 0.0, 2.0**-12, 0.3]
     for step, scale in enumerate(scales):
-        total = slot_sum(state, [grad * scale for grad in grads], fmt, step)
+        total = slot_sum(state, [grad * scale for grad in grads], slot_format, step)
         key = fp.stream_key(1, step, 7, fp.STREAM_UPDATE)
-        expected = plain_update(state, total, fmt, RATES, key, *bits)
-        rule.update(state, total, fmt, RATES, key, format)
+        expected = plain_update(state, total, slot_format, RATES, key, *bits)
+        rule.update(state, total, slot_format, RATES, key, format)
         for name, values in expected.items():
             assert getattr(state, name).tolist() == values, (name, step)
 
@@ -58,16 +58,16 @@ def steps_are_the_specification(monkeypatch, shape, slots, format):
 @pytest.mark.parametrize("slots", [4, 16, 17, 300])
 def test_largest_sums_stay_in_range(slots, format):
     """Every integer at its bound: sums +-S qmax, momentum at its rail and the largest shift."""
-    fmt = slot_format(slots)
+    slot_format = slot_format_of(slots)
     state = fresh_state(3, 130, [random_gradient(3, 130)], format)
     signs = torch.where(random_gradient(3, 130) < 0, -1, 1)
     state.momentum.copy_(format.largest_momentum * signs)
     state.momentum_exponent.fill_(127)
     state.latent.copy_(format.largest_latent * signs)
-    total = (slots * fmt.qmax * signs).to(fmt.sum_dtype)
+    total = (slots * slot_format.qmax * signs).to(slot_format.sum_dtype)
     bits = (format.momentum_bits, format.latent_bits)
-    expected = plain_update(state, total, fmt, RATES, 5, *bits)
-    stats = rule.update(state, total, fmt, RATES, 5, format)
+    expected = plain_update(state, total, slot_format, RATES, 5, *bits)
+    stats = rule.update(state, total, slot_format, RATES, 5, format)
     for name, values in expected.items():
         assert getattr(state, name).tolist() == values, name
     assert stats.zeros == 0
@@ -79,19 +79,21 @@ def test_largest_sums_stay_in_range(slots, format):
 @pytest.mark.parametrize("slots", [4, 17])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_one_step_is_the_float_rule_up_to_rounding(shape, slots):
-    fmt = slot_format(slots)
+    slot_format = slot_format_of(slots)
     grads = [random_gradient(*shape, seed) for seed in range(2)]
     state = fresh_state(*shape, grads)
     for step in range(4):
         before = copy.deepcopy(state)
-        step_on(state, grads, fmt, step)
-        compare_with_float_rule(before, state, slot_sum(before, grads, fmt, step), fmt)
+        step_on(state, grads, slot_format, step)
+        compare_with_float_rule(
+            before, state, slot_sum(before, grads, slot_format, step), slot_format
+        )
 
 
-def compare_with_float_rule(before, after, total, fmt):
+def compare_with_float_rule(before, after, total, slot_format):
     """The rule of `reference.py` in float64, from the integer state before."""
     t = int(after.num_updates)
-    exponent = slots.row_exponents(before.row_moment, fmt).double().unsqueeze(1)
+    exponent = slots.row_exponents(before.row_moment, slot_format).double().unsqueeze(1)
     grad = total.double() * torch.exp2(-exponent)
     weight = min(243, 256 * (t - 1) // t) / 256
 
@@ -115,7 +117,7 @@ def compare_with_float_rule(before, after, total, fmt):
     blended = 0.8984375 * momentum(before)[0] + 0.1015625 * grad
     stored, unit = momentum(after)
     # One unit of stochastic rounding and what the shift of the old momentum cut.
-    cut = torch.exp2(-exponent - slots.fraction_bits(fmt) - 8)
+    cut = torch.exp2(-exponent - slots.fraction_bits(slot_format) - 8)
     assert ((stored - blended).abs() <= unit + cut).all()
 
     bias = 1 - 0.8984375**t
@@ -135,10 +137,10 @@ def compare_with_float_rule(before, after, total, fmt):
 
 def test_latents_move_without_bias():
     """Over many weights the mean movement is the mean step, not only up to one latent."""
-    fmt = slot_format(4)
+    slot_format = slot_format_of(4)
     state = fresh_state(256, 256, [torch.full((256, 256), 1e-4)])
     before = state.latent.double().clamp(-120, 120)
     state.latent.copy_(before)
-    step_on(state, [torch.full((256, 256), 1e-4)], fmt, rates=moments.step_rates(20000, 0))
+    step_on(state, [torch.full((256, 256), 1e-4)], slot_format, rates=moments.step_rates(20000, 0))
     moved = (before - state.latent).mean()
     assert abs(moved - 20000 / 65536) < 0.004 * 0.3 + 4 * 0.46 / 256

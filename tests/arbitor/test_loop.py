@@ -45,7 +45,7 @@ def test_two_rounds_mix_state_and_what_entered():
     assert torch.equal(out, plain_round(loop, once, hidden, message)) and ponder is None
     assert loop.decay.dtype == torch.int16 and 0 < loop.decay.min() < loop.decay.max() < 32767
     counts = loop.take_counts()
-    assert loop.apply(torch.stack([counts, counts]), 0) == {"loop/rounds": 2.0}
+    assert loop.apply_counts(torch.stack([counts, counts]), 0) == {"loop/rounds": 2.0}
 
 
 def test_halting_is_graves_sum_over_rounds():
@@ -74,7 +74,7 @@ def test_halting_is_graves_sum_over_rounds():
     assert abs(float(ponder) - PONDER_WEIGHT * remainders / 10) < 1e-6
     running = loop.take_counts()
     assert int(running.sum()) == rounds and int(running[0]) == 10
-    assert loop.apply(running.unsqueeze(0), 0)["loop/rounds"] == rounds / 10
+    assert loop.apply_counts(running.unsqueeze(0), 0)["loop/rounds"] == rounds / 10
 
 
 def test_the_ponder_cost_and_the_result_train_the_halting():

@@ -13,9 +13,12 @@ from arbitor.batch import NO_TARGET, SlotBatch
 from arbitor.errors import UserError
 from arbitor.kernel.ternary_scale import TernaryEmbedding, TernaryLinear
 from arbitor.main import SIZES, ARBModel, ModelConfig, main
+from arbitor.model_config import read_model_config
 from arbitor.optimizer import UpdateConfig
-from arbitor.settings import build, write_yaml
+from arbitor.settings import build, parse_value, read_yaml, write_yaml
 from arbitor.vocab import PADDING
+from ray_jobs.config import RunConfig, load_run_config
+from ray_jobs.construction import with_needed_parts
 from tests.arbitor.content_slots import ALL_PARTS
 
 TINY = ModelConfig(width=64, num_layers=2, head_width=32, rotary_width=16)
@@ -118,7 +121,7 @@ def test_the_seed_and_the_name_decide_a_weights_start():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"width": 0}, "model.width: expected at least 1"),
+        ({"width": 0}, "model.width: expected at least 2"),
         ({"activation": "fp4"}, "model.activation: expected one of fp8, int8, got 'fp4'"),
         ({"rotary_width": 64}, "model.rotary_width: expected an even number below head_width"),
         ({"enable_graph": True}, "model.enable_graph: its nodes are codes of the VQ bridge"),
@@ -177,3 +180,34 @@ def test_the_table_of_a_run_with_all_modalities_has_their_parts(tmp_path):
     path.write_text(write_yaml({"model": asdict(ALL_PARTS)}))
     for part in ("image encoder", "audio encoder", "video encoder", "talker head", "video head"):
         assert re.search(rf"^{part} +yes: enable_\w+ +[1-9]", main([str(path)]), re.M)
+
+
+@pytest.mark.parametrize("name", ["pretrain", "smoke"])
+def test_the_model_of_a_file_is_the_one_that_a_run_builds(name):
+    path = f"configs/{name}.yaml"
+    run = with_needed_parts(load_run_config("pretrain", [path], {}, "", in_job=False))
+    assert read_model_config(read_yaml(path)) == run.model
+
+
+@pytest.mark.parametrize(
+    ("weight", "model", "expected"),
+    [
+        (1, {}, {"image", "video_head"}),
+        ("[[0, 0], [9, 0.5]]", {"enable_output_router": True}, {"image", "video_head"}),
+        ("[[0, 0], [9, 0]]", {"enable_output_router": True}, set()),
+        (0, {"enable_image": True}, {"image", "video_head"}),
+        (1, {"enable_video_head": False}, {"image"}),
+    ],
+)
+def test_what_a_file_leaves_open_follows_from_its_sources(weight, model, expected):
+    source = {"modality": "image", "path": "x", "weight": parse_value(str(weight))}
+    text = {"path": "x"}
+    values = {"model": model, "data": {"sources": {"a": source, "b": text}}}
+    found = read_model_config(values)
+    names = ("image", "audio", "video", "talker_head", "video_head")
+    assert {name for name in names if getattr(found, f"enable_{name}")} == expected
+    assert found == with_needed_parts(build(RunConfig, values | {"name": "x"})).model
+    with pytest.raises(UserError, match="enable_audio: is false, but a source of audio"):
+        read_model_config(
+            {"model": {"enable_audio": False}, "data": {"sources": {"a": {"modality": "audio"}}}}
+        )

@@ -93,7 +93,9 @@ def test_an_expert_that_no_position_chose_gets_no_gradient():
 
 def test_the_bias_moves_by_integers_towards_the_mean_load():
     experts = make_experts()
-    figures = experts.apply(torch.tensor([[8, 0, 4, 4, 4, 4, 4, 4], [8, 0, 4, 4, 4, 4, 4, 4]]), 0)
+    figures = experts.apply_counts(
+        torch.tensor([[8, 0, 4, 4, 4, 4, 4, 4], [8, 0, 4, 4, 4, 4, 4, 4]]), 0
+    )
     assert experts.balance_bias.tolist() == [-BIAS_STEP, BIAS_STEP, 0, 0, 0, 0, 0, 0]
     assert figures["moe/load_max"] == 0.25 and figures["moe/load_min"] == 0
 

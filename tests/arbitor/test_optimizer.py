@@ -197,17 +197,31 @@ def test_a_weight_without_gradient_is_left_alone_and_calibrates_later():
     assert model.text_encoder.embedding.num_updates.item() == 2
 
 
-def test_a_gradient_that_is_not_finite_stops_the_step_before_anything_moves():
+def test_a_weight_waits_for_a_gradient_that_gives_it_exponents_and_is_counted():
     model = ARBModel(TINY, seed=0)
     optimizer = make_optimizer(model)
-    train_step(SlotRunner(model, optimizer), 0, [make_batch(0, slot) for slot in range(4)])
+    for step, waiting in enumerate([1, 0]):
+        loss = model(make_batch(step, 0))
+        loss.backward()
+        model.byte_head.projection.slot_gradient *= 1 if step else 2.0**-60
+        optimizer.add_slot(step, 0, loss)
+        assert optimizer.step(step).parts["ternary/untrained_weights"] == waiting
+        assert model.byte_head.projection.num_updates == 1 - waiting
+
+
+@pytest.mark.parametrize("step", [0, 1], ids=["first", "second"])
+def test_a_gradient_that_is_not_finite_stops_the_step_before_anything_moves(step):
+    model = ARBModel(TINY, seed=0)
+    optimizer = make_optimizer(model)
+    if step:
+        train_step(SlotRunner(model, optimizer), 0, [make_batch(0, slot) for slot in range(4)])
     before = [buffer.clone() for buffer in model.buffers()]
-    loss = model(make_batch(1, 0))
+    loss = model(make_batch(step, 0))
     loss.backward()
     model.trunk[0].feed_forward.down.slot_gradient[3, 5] = torch.nan
-    optimizer.add_slot(1, 0, loss)
-    with pytest.raises(NonFiniteError, match="step 1: 1 gradient entries"):
-        optimizer.step(1)
+    optimizer.add_slot(step, 0, loss)
+    with pytest.raises(NonFiniteError, match=f"step {step}: 1 gradient entries"):
+        optimizer.step(step)
     assert all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
 
 

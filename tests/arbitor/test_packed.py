@@ -80,14 +80,12 @@ def test_what_is_not_packed_is_the_states_own(options):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_updates_of_a_stored_state_are_the_same_on_both_paths(options, monkeypatch):
-    pytest.importorskip("triton")
+def test_updates_of_a_stored_state_are_the_same_on_both_paths(options):
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    format, fmt = StateFormat(**options), slots.slot_format(4)
+    format, slot_format = StateFormat(**options), slots.slot_format_of(4)
     grad = random_gradient(17, 130)
     results = []
     for backend in ("torch", "triton"):
-        monkeypatch.setattr("arbitor.kernel.backend._active", None)
         set_backend(backend)
         where = device if backend == "triton" else "cpu"
         state = packed.stored_state(init_state(17, 130, 1.0, seed=0, name="w"), format)
@@ -95,10 +93,10 @@ def test_updates_of_a_stored_state_are_the_same_on_both_paths(options, monkeypat
         state = type(state)(**{name: tensor.to(where) for name, tensor in vars(state).items()})
         counters = torch.zeros(3, dtype=torch.int64, device=where)
         for step in range(1, 3):
-            exponent_N = slots.row_exponents(state.row_moment.cpu(), fmt)
-            total, _, _ = slots.quantize_slot(grad, exponent_N, fmt, step)
+            exponent_N = slots.row_exponents(state.row_moment.cpu(), slot_format)
+            total, _, _ = slots.quantize_slot(grad, exponent_N, slot_format, step)
             words = torch.tensor(moments.update_words(RATES, step, step), dtype=torch.int32)
-            update(state, total.to(where), fmt, words.to(where), counters, format)
+            update(state, total.to(where), slot_format, words.to(where), counters, format)
         results.append([tensor.cpu() for tensor in [*vars(state).values(), counters]])
     for ours, expected in zip(*results, strict=True):
         assert torch.equal(ours, expected)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from arbitor.kernel import backend
+from arbitor.kernel.matmul import decode_gemv
 from arbitor.kernel.state_format import StateFormat
 from arbitor.kernel.ternary_scale import TernaryEmbedding, TernaryLinear
 
@@ -15,14 +16,6 @@ FORMATS = [
     StateFormat(rule="bigint", group_size=32),
 ]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.fixture(autouse=True)
-def fresh_backend(monkeypatch):
-    monkeypatch.setattr(backend, "_active", None)
-    backend.clear_path_counts()
-    yield
-    backend.clear_path_counts()
 
 
 def disturb(weight):
@@ -61,7 +54,6 @@ def test_packing_changes_no_output(format):
 @pytest.mark.parametrize("activation", ["fp8", "int8"])
 @pytest.mark.parametrize(("positions", "path"), [(1, "plane"), (64, "plane"), (65, "unpacked")])
 def test_few_positions_read_the_plane_itself(positions, path, activation, monkeypatch):
-    decode_gemv = pytest.importorskip("arbitor.kernel.matmul.decode_gemv")
     monkeypatch.setattr(decode_gemv, "MAX_POSITIONS", 64)
     linear = TernaryLinear(100, 36, activation)
     linear.initialize(0, "linear")

@@ -77,3 +77,17 @@ def test_values_on_the_command_line_are_yaml():
     assert parse_value("true") is True
     with pytest.raises(UserError, match="not a YAML value"):
         parse_value("[1")
+
+
+@dataclass(frozen=True)
+class Needy:
+    path: str
+    inner: Inner
+    optional: int = 1
+
+
+def test_a_missing_key_is_named():
+    with pytest.raises(UserError, match="some.path: missing"):
+        build(Needy, {"inner": {}}, "some")
+    with pytest.raises(UserError, match="inner: missing"):
+        build(Needy, {"path": "x"})

@@ -15,12 +15,8 @@ SHAPES = [(1, 1, 16), (63, 65, 48), (1000, 65, 128), (65, 1000, 4096), (257, 384
 
 
 @pytest.fixture(autouse=True)
-def tilelang_backend(monkeypatch):
-    monkeypatch.setattr(backend, "_active", None)
-    backend.clear_path_counts()
+def tilelang_backend(fresh_backend):
     backend.set_backend("tilelang")
-    yield
-    backend.clear_path_counts()
 
 
 @pytest.mark.parametrize("operand", ["fp8", "int8", "bfloat16"])

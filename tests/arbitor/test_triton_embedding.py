@@ -4,21 +4,15 @@ import pytest
 import torch
 
 from arbitor.kernel.embedding import reference
+from arbitor.kernel.embedding import triton as triton_embedding
 from arbitor.kernel.latent_update.state import trits
 from arbitor.kernel.matmul.plane import pack_plane
 
-triton_embedding = pytest.importorskip("arbitor.kernel.embedding.triton")
-
+pytestmark = pytest.mark.usefixtures("poisoned")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(1, 1, 1), (63, 5, 65), (65, 90, 63), (130, 2, 257), (40, 3, 1000)]
 GPU_SHAPES = [(4097, 300, 1000), (1000, 4097, 65), (16384, 259, 2048)]
 ALL = SHAPES + [pytest.param(shape, marks=pytest.mark.gpu) for shape in GPU_SHAPES]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_buffers(monkeypatch):
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *s, **k: empty(*s, **k).fill_(float("nan")))
 
 
 def random_problem(shape):

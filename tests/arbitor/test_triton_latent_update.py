@@ -13,17 +13,19 @@ import torch
 from arbitor.kernel.latent_update import fixed_point as fp
 from arbitor.kernel.latent_update import moments, slots
 from arbitor.kernel.latent_update import reference as rule
+from arbitor.kernel.latent_update import triton as triton_update
 from arbitor.kernel.state_format import INT8
 from tests.arbitor.update_cases import FORMATS, RATES, fresh_state, random_gradient
-
-triton_update = pytest.importorskip("arbitor.kernel.latent_update.triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(1, 1), (1, 200), (63, 5), (65, 63), (2, 1000), (9, 320)]
 GPU_SHAPES = [(1000, 4097), (4097, 1000), (1, 1 << 20), (2048, 2048), (4096, 4224)]
 GPU = [pytest.param(shape, marks=pytest.mark.gpu) for shape in GPU_SHAPES]
 # Too large numbers are meant to become infinite on their way to the clamp.
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
+    pytest.mark.usefixtures("poisoned"),
+]
 
 
 def on_device(state):
@@ -47,15 +49,6 @@ def assert_equal_states(ours, expected):
         assert torch.equal(left, right), f"{field.name}: {int((left != right).sum())} differ"
 
 
-def poison(monkeypatch):
-    """Every buffer that the wrapper allocates starts full of large integers."""
-
-    def poisoned(*shape, **kwargs):
-        return torch.full(shape, 0x7B7B7B7B, **kwargs)
-
-    monkeypatch.setattr(triton_update.torch, "empty", poisoned)
-
-
 def spiked_gradients(shape, factor):
     """Two slots: a zero row, a row far below the rest, one huge and one tiny entry."""
     grads = [random_gradient(*shape, seed) * factor for seed in range(2)]
@@ -69,13 +62,13 @@ def spiked_gradients(shape, factor):
 
 def run_steps(shape, num_slots, factors, format=INT8):
     """Steps of both; every state tensor and counter equal after each."""
-    fmt = slots.slot_format(num_slots)
+    slot_format = slots.slot_format_of(num_slots)
     expected = fresh_state(*shape, [random_gradient(*shape, seed) for seed in range(2)], format)
     ours = on_device(expected)
     for step, factor in enumerate(factors):
         grads = spiked_gradients(shape, factor)
-        exponent_N = slots.row_exponents(expected.row_moment, fmt)
-        total = torch.zeros(shape, dtype=fmt.sum_dtype)
+        exponent_N = slots.row_exponents(expected.row_moment, slot_format)
+        total = torch.zeros(shape, dtype=slot_format.sum_dtype)
         our_total, conversion = (
             total.clone().to(DEVICE),
             torch.zeros(2, dtype=torch.int64, device=DEVICE),
@@ -83,20 +76,18 @@ def run_steps(shape, num_slots, factors, format=INT8):
         counts = [0, 0]
         for slot, grad in enumerate(grads):
             key = fp.stream_key(1, step, 7, fp.STREAM_SLOT + slot)
-            integers, *added = slots.quantize_slot(grad, exponent_N, fmt, key)
+            integers, *added = slots.quantize_slot(grad, exponent_N, slot_format, key)
             total += integers
             counts = [count + more for count, more in zip(counts, added, strict=True)]
             triton_update.quantize_slot_(
-                grad.to(DEVICE), ours.row_moment, fmt, word_of(key), our_total, conversion
+                grad.to(DEVICE), ours.row_moment, slot_format, word_of(key), our_total, conversion
             )
         assert torch.equal(our_total.cpu(), total) and conversion.tolist() == counts
         key = fp.stream_key(1, step, 7, fp.STREAM_UPDATE)
-        stats = rule.update(expected, total, fmt, RATES, key, format)
+        stats = rule.update(expected, total, slot_format, RATES, key, format)
         counters = torch.full((3,), 5, dtype=torch.int64, device=DEVICE)
-        with pytest.MonkeyPatch.context() as patch:
-            poison(patch)
-            words = words_of(RATES, key, step + 1)
-            triton_update.update_(ours, our_total, fmt, words, counters, format)
+        words = words_of(RATES, key, step + 1)
+        triton_update.update_(ours, our_total, slot_format, words, counters, format)
         assert_equal_states(ours, expected)
         assert (counters - 5).tolist() == [stats.flips, stats.zeros, stats.saturated]
         assert torch.equal(our_total.cpu(), total)
@@ -144,31 +135,31 @@ def test_large_updates_are_the_reference(shape, num_slots):
 @pytest.mark.parametrize("num_slots", [4, 17, 300])
 def test_largest_sums_are_the_reference(num_slots, format):
     """Every integer at its bound: sums +-S qmax, momentum at its rail and the largest shift."""
-    fmt = slots.slot_format(num_slots)
+    slot_format = slots.slot_format_of(num_slots)
     expected = fresh_state(9, 130, [random_gradient(9, 130)], format)
     signs = torch.where(random_gradient(9, 130) < 0, -1, 1)
     expected.momentum.copy_(format.largest_momentum * signs)
     expected.momentum_exponent.fill_(127)
     expected.latent.copy_(format.largest_latent * signs)
-    total = (num_slots * fmt.qmax * signs).to(fmt.sum_dtype)
+    total = (num_slots * slot_format.qmax * signs).to(slot_format.sum_dtype)
     ours = on_device(expected)
     counters = torch.zeros(3, dtype=torch.int64, device=DEVICE)
     words = words_of(RATES, 0xFFFFFFFF, 1)
-    triton_update.update_(ours, total.to(DEVICE), fmt, words, counters, format)
-    stats = rule.update(expected, total, fmt, RATES, 0xFFFFFFFF, format)
+    triton_update.update_(ours, total.to(DEVICE), slot_format, words, counters, format)
+    stats = rule.update(expected, total, slot_format, RATES, 0xFFFFFFFF, format)
     assert_equal_states(ours, expected)
     assert counters.tolist() == [stats.flips, stats.zeros, stats.saturated]
 
 
 def test_momentum_at_its_rail_is_the_reference():
     """26 * 157 is 127.56 / 128 of a power of two: rounding must stop at +-127."""
-    fmt = slots.slot_format(4)
+    slot_format = slots.slot_format_of(4)
     expected = fresh_state(16, 128, [random_gradient(16, 128)])
-    total = torch.full((16, 128), 157, dtype=fmt.sum_dtype)
+    total = torch.full((16, 128), 157, dtype=slot_format.sum_dtype)
     total[:, ::2] = -157
     ours = on_device(expected)
-    triton_update.update_(ours, total.to(DEVICE), fmt, words_of(RATES, 3, 1))
-    rule.update(expected, total, fmt, RATES, 3)
+    triton_update.update_(ours, total.to(DEVICE), slot_format, words_of(RATES, 3, 1))
+    rule.update(expected, total, slot_format, RATES, 3)
     assert expected.momentum.abs().max() == 127 and expected.momentum.min() == -127
     assert_equal_states(ours, expected)
 
@@ -178,7 +169,7 @@ def test_momentum_at_its_rail_is_the_reference():
 def test_extreme_moments_and_rates_are_the_reference(num_slots, rates):
     """Moments, exponents and scales at random anywhere in their range; late updates."""
     rates = moments.step_rates(*rates)
-    fmt = slots.slot_format(num_slots)
+    slot_format = slots.slot_format_of(num_slots)
     generator = torch.Generator().manual_seed(num_slots)
     expected = fresh_state(20, 128, [random_gradient(20, 128)])
     for name in ("row_moment", "col_moment", "tensor_moment", "scale_moment", "log2_scale"):
@@ -187,11 +178,11 @@ def test_extreme_moments_and_rates_are_the_reference(num_slots, rates):
     expected.momentum_exponent.random_(-128, 128, generator=generator)
     expected.momentum.random_(-127, 128, generator=generator)
     expected.num_updates.fill_(70)
-    total = torch.zeros(20, 128, dtype=fmt.sum_dtype)
-    total[::2].random_(-fmt.qmax, fmt.qmax, generator=generator)
+    total = torch.zeros(20, 128, dtype=slot_format.sum_dtype)
+    total[::2].random_(-slot_format.qmax, slot_format.qmax, generator=generator)
     ours = on_device(expected)
-    triton_update.update_(ours, total.to(DEVICE), fmt, words_of(rates, 12345, 71))
-    rule.update(expected, total, fmt, rates, 12345)
+    triton_update.update_(ours, total.to(DEVICE), slot_format, words_of(rates, 12345, 71))
+    rule.update(expected, total, slot_format, rates, 12345)
     assert_equal_states(ours, expected)
 
 
@@ -199,17 +190,17 @@ def test_extreme_moments_and_rates_are_the_reference(num_slots, rates):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_slots", [4, 17, 300])
 def test_slot_integers_are_the_reference(num_slots, dtype, shape):
-    fmt = slots.slot_format(num_slots)
+    slot_format = slots.slot_format_of(num_slots)
     grad = random_gradient(*shape).to(dtype)
     grad[0, 0], grad[1 % shape[0], 1], grad[-1, -1] = math.nan, math.inf, -math.inf
     grad[2 % shape[0], 2], grad[0, 3], grad[-1, 4] = 1e9, 1e-40, -3e38
     moment_N = (256 * (torch.arange(shape[0]) % 200 - 100)).to(torch.int16)
-    exponent_N = slots.row_exponents(moment_N, fmt)
-    total = torch.randint(-99, 99, shape, dtype=fmt.sum_dtype, generator=torch.Generator())
-    integers, *counts = slots.quantize_slot(grad.float(), exponent_N, fmt, 0x9E3779B9)
+    exponent_N = slots.row_exponents(moment_N, slot_format)
+    total = torch.randint(-99, 99, shape, dtype=slot_format.sum_dtype, generator=torch.Generator())
+    integers, *counts = slots.quantize_slot(grad.float(), exponent_N, slot_format, 0x9E3779B9)
     ours, counters = total.clone().to(DEVICE), torch.full((2,), 3, dtype=torch.int64, device=DEVICE)
     triton_update.quantize_slot_(
-        grad.to(DEVICE), moment_N.to(DEVICE), fmt, word_of(0x9E3779B9), ours, counters
+        grad.to(DEVICE), moment_N.to(DEVICE), slot_format, word_of(0x9E3779B9), ours, counters
     )
     assert torch.equal(ours.cpu(), total + integers)
     assert (counters - 3).tolist() == counts
@@ -217,12 +208,12 @@ def test_slot_integers_are_the_reference(num_slots, dtype, shape):
 
 @pytest.mark.gpu
 def test_repeated_updates_on_a_gpu_are_equal():
-    fmt = slots.slot_format(16)
+    slot_format = slots.slot_format_of(16)
     first = on_device(fresh_state(3000, 1000, [random_gradient(3000, 1000)]))
     second = copy.deepcopy(first)
     total = torch.randint(-2000, 2000, (3000, 1000), dtype=torch.int16, device=DEVICE)
     for update in range(1, 6):
         for state in (first, second):
-            triton_update.update_(state, total, fmt, words_of(RATES, update, update))
+            triton_update.update_(state, total, slot_format, words_of(RATES, update, update))
     for field in fields(first):
         assert torch.equal(getattr(first, field.name), getattr(second, field.name))

@@ -5,21 +5,13 @@ import torch
 
 from arbitor.errors import UserError
 from arbitor.kernel.packing import reference
+from arbitor.kernel.packing import triton as triton_packing
 
-triton_packing = pytest.importorskip("arbitor.kernel.packing.triton")
-
+pytestmark = pytest.mark.usefixtures("poisoned")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(0,), (1,), (4,), (5,), (6,), (7, 13), (63, 65), (1000, 1), (3, 1, 1001)]
 GPU_SHAPES = [(4097, 1000), (4096, 4096), (1, (1 << 31) + 7)]
 GPU = [pytest.param(shape, marks=pytest.mark.gpu) for shape in GPU_SHAPES]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs(monkeypatch):
-    def poisoned(*shape, **kwargs):
-        return torch.full(shape[0] if isinstance(shape[0], tuple) else shape, 99, **kwargs)
-
-    monkeypatch.setattr(triton_packing.torch, "empty", poisoned)
 
 
 @pytest.mark.parametrize("shape", SHAPES + GPU)

@@ -5,11 +5,11 @@ import torch
 
 from arbitor.kernel.matmul.quantize import Quantized
 from arbitor.kernel.matmul.reference import quantize_activation
+from arbitor.kernel.rms_norm import triton as triton_norm
 from arbitor.kernel.rms_norm.reference import rms_norm_backward, rms_norm_forward
 from arbitor.kernel.swiglu.reference import swiglu_backward, swiglu_forward
 
-triton_norm = pytest.importorskip("arbitor.kernel.rms_norm.triton")
-
+pytestmark = pytest.mark.usefixtures("poisoned")
 SHAPES = [(1, 1), (63, 65), (65, 63), (2, 1000), (3, 4097)]
 GPU_SHAPES = [(1000, 4097), (4097, 1000), (16384, 65), (257, 28672)]
 GPU = [pytest.param(shape, marks=pytest.mark.gpu) for shape in GPU_SHAPES]
@@ -22,22 +22,11 @@ def random_input(shape):
     return x_MK.bfloat16().to(DEVICE)
 
 
-def poison(monkeypatch):
-    """Every buffer that a wrapper allocates starts as NaN codes."""
-
-    def poisoned(*args, **kwargs):
-        return torch.zeros(*args, **kwargs).view(torch.uint8).fill_(0x7F).view(kwargs["dtype"])
-
-    monkeypatch.setattr(triton_norm.torch, "empty", poisoned)
-
-
 @pytest.mark.parametrize("activation", ["fp8", "int8"])
 @pytest.mark.parametrize("shape", SHAPES + GPU)
-def test_codes_differ_by_one_and_only_at_a_rounding_border(shape, activation, monkeypatch):
+def test_codes_differ_by_one_and_only_at_a_rounding_border(shape, activation):
     x_MK = random_input(shape)
-    poison(monkeypatch)
     x, saved, inverse_rms_M = triton_norm.rms_norm_quantize(x_MK, activation, for_backward=True)
-    monkeypatch.undo()
     normalized_MK, expected_rms = rms_norm_forward(x_MK)
     expected = quantize_activation(normalized_MK, activation)
     # float32 sums of up to 28,672 squares in another order, and two roots within 2^-22.
@@ -72,13 +61,11 @@ def code_numbers(codes):
 
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("shape", [(1, 1), (5, 70), (3, 5000), (513, 3)])
-def test_inference_writes_no_second_copy(shape, gated, monkeypatch):
+def test_inference_writes_no_second_copy(shape, gated):
     """Few positions go through other tiles, which add the squares of a row in another order."""
     x_MX = random_gates(shape) if gated else random_input(shape)
-    poison(monkeypatch)
     x, saved, inverse_rms_M = triton_norm.rms_norm_quantize(x_MX, "fp8", False, gated)
     trained, _, trained_rms_M = triton_norm.rms_norm_quantize(x_MX, "fp8", True, gated)
-    monkeypatch.undo()
     assert saved is None
     torch.testing.assert_close(inverse_rms_M, trained_rms_M, rtol=2e-6, atol=0)
     assert torch.equal(x.scale, trained.scale)
@@ -89,14 +76,12 @@ def test_inference_writes_no_second_copy(shape, gated, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("activation", ["fp8", "int8"])
 @pytest.mark.parametrize("shape", SHAPES + GPU)
-def test_gradient_equals_the_reference(shape, activation, dtype, monkeypatch):
+def test_gradient_equals_the_reference(shape, activation, dtype):
     x_MK = random_input(shape)
     generator = torch.Generator().manual_seed(1)
     grad_MK = torch.randn(shape, generator=generator).to(DEVICE, dtype)
     _, x, inverse_rms_M = triton_norm.rms_norm_quantize(x_MK, activation, for_backward=True)
-    poison(monkeypatch)
     got = triton_norm.rms_norm_backward_x(grad_MK, x, inverse_rms_M, torch.float32)
-    monkeypatch.undo()
     row_major = Quantized(x.codes.contiguous(), x.scale)
     same = triton_norm.rms_norm_backward_x(grad_MK, row_major, inverse_rms_M, torch.float32)
     expected = rms_norm_backward(grad_MK.float(), x.values(), inverse_rms_M)
@@ -117,11 +102,9 @@ def random_gates(shape):
 
 @pytest.mark.parametrize("activation", ["fp8", "int8"])
 @pytest.mark.parametrize("shape", SHAPES + GPU)
-def test_codes_of_a_gated_norm(shape, activation, monkeypatch):
+def test_codes_of_a_gated_norm(shape, activation):
     x_MX = random_gates(shape)
-    poison(monkeypatch)
     x, saved, inverse_rms_M = triton_norm.rms_norm_quantize(x_MX, activation, True, gated=True)
-    monkeypatch.undo()
     normalized_MK, expected_rms = rms_norm_forward(swiglu_forward(x_MX))
     expected = quantize_activation(normalized_MK, activation)
     # Exponential and division are good to 2^-20; a scale moves at a border of its octave alone.
@@ -137,14 +120,12 @@ def test_codes_of_a_gated_norm(shape, activation, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", SHAPES + GPU)
-def test_gradient_of_a_gated_norm_equals_the_reference(shape, dtype, monkeypatch):
+def test_gradient_of_a_gated_norm_equals_the_reference(shape, dtype):
     x_MX = random_gates(shape)
     generator = torch.Generator().manual_seed(1)
     grad_MK = torch.randn(shape, generator=generator).to(DEVICE, dtype)
     _, x, inverse_rms_M = triton_norm.rms_norm_quantize(x_MX, "fp8", True, gated=True)
-    poison(monkeypatch)
     got = triton_norm.rms_norm_backward_x(grad_MK, x, inverse_rms_M, torch.float32, x_MX)
-    monkeypatch.undo()
     inner = rms_norm_backward(grad_MK.float(), x.values(), inverse_rms_M)
     expected = swiglu_backward(inner, x_MX)
     # As without gates, times what the gate's slope (at most 1.1) and value multiply by.
@@ -156,7 +137,7 @@ def test_gradient_of_a_gated_norm_equals_the_reference(shape, dtype, monkeypatch
 
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("shape", SHAPES + GPU)
-def test_the_residuals_gradient_is_added_before_the_rounding(shape, gated, monkeypatch):
+def test_the_residuals_gradient_is_added_before_the_rounding(shape, gated):
     M, K = shape
     x_MX = random_gates(shape) if gated else random_input(shape)
     generator = torch.Generator().manual_seed(2)
@@ -167,11 +148,9 @@ def test_the_residuals_gradient_is_added_before_the_rounding(shape, gated, monke
     _, x, inverse_rms_M = triton_norm.rms_norm_quantize(x_MX, "fp8", True, gated=gated)
     gates = x_MX if gated else None
     alone = triton_norm.rms_norm_backward_x(grad_MK, x, inverse_rms_M, torch.float32, gates)
-    poison(monkeypatch)
     got = triton_norm.rms_norm_backward_x(
         grad_MK, x, inverse_rms_M, torch.bfloat16, gates, residual_MX
     )
-    monkeypatch.undo()
     # One rounding to bfloat16; before it products and sums that a GPU may fuse.
     exact = alone.double() + residual_MX.double()
     bound = 2**-8 * exact.abs() + 2**-21 * (alone.abs() + residual_MX.abs())

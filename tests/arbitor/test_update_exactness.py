@@ -11,7 +11,7 @@ from arbitor.kernel.latent_update import moments, state
 from arbitor.kernel.latent_update import reference as rule
 from arbitor.kernel.latent_update import slots as slot_integers
 from arbitor.kernel.latent_update import state as start
-from arbitor.kernel.latent_update.slots import slot_format
+from arbitor.kernel.latent_update.slots import slot_format_of
 from tests.arbitor.plain_update import plain_update
 from tests.arbitor.update_cases import (
     RATES,
@@ -27,12 +27,13 @@ from tests.arbitor.update_cases import (
 
 @pytest.mark.parametrize("slots", [4, 17])
 def test_order_and_split_of_slots_do_not_matter(slots):
-    fmt = slot_format(slots)
+    slot_format = slot_format_of(slots)
     grads = [random_gradient(33, 320, seed) for seed in range(4)]
     state = fresh_state(33, 320, grads)
-    exponent = slot_integers.row_exponents(state.row_moment, fmt)
+    exponent = slot_integers.row_exponents(state.row_moment, slot_format)
     integers = [
-        slot_integers.quantize_slot(grad, exponent, fmt, 8 + s)[0] for s, grad in enumerate(grads)
+        slot_integers.quantize_slot(grad, exponent, slot_format, 8 + s)[0]
+        for s, grad in enumerate(grads)
     ]
     sums = [
         integers[0] + integers[1] + integers[2] + integers[3],
@@ -41,13 +42,13 @@ def test_order_and_split_of_slots_do_not_matter(slots):
     ]
     states = [copy.deepcopy(state) for _ in sums]
     for copied, total in zip(states, sums, strict=True):
-        rule.update(copied, total, fmt, RATES, 9)
+        rule.update(copied, total, slot_format, RATES, 9)
     assert_equal_states(states[0], states[1])
     assert_equal_states(states[0], states[2])
 
 
 def test_blocks_and_threads_do_not_change_the_state(monkeypatch):
-    fmt = slot_format(17)
+    slot_format = slot_format_of(17)
     grads = [random_gradient(70, 193, seed) for seed in range(2)]
     states = []
     threads = torch.get_num_threads()
@@ -56,7 +57,7 @@ def test_blocks_and_threads_do_not_change_the_state(monkeypatch):
         torch.set_num_threads(num_threads)
         states.append(fresh_state(70, 193, grads))
         for step in range(3):
-            step_on(states[-1], grads, fmt, step)
+            step_on(states[-1], grads, slot_format, step)
     torch.set_num_threads(threads)
     for other in states[1:]:
         assert_equal_states(states[0], other)
@@ -66,14 +67,14 @@ def test_blocks_and_threads_do_not_change_the_state(monkeypatch):
 
 
 def test_rows_and_columns_without_gradient_keep_their_moments():
-    fmt = slot_format(4)
+    slot_format = slot_format_of(4)
     grad = random_gradient(70, 192)
     grad[3], grad[:, 7] = 0, 0
     state = fresh_state(70, 192, [grad])
     assert state.row_moment[3] == state.row_moment.max() - 1024
     assert state.col_moment[7] == state.col_moment.max() - 1024
     before = copy.deepcopy(state)
-    step_on(state, [grad], fmt)
+    step_on(state, [grad], slot_format)
     assert state.row_moment[3] == before.row_moment[3]
     assert state.col_moment[7] == before.col_moment[7]
     assert torch.equal(state.latent[3], before.latent[3])
@@ -82,12 +83,12 @@ def test_rows_and_columns_without_gradient_keep_their_moments():
 
 
 def test_an_all_zero_step_keeps_every_moment_and_shrinks_momentum():
-    fmt = slot_format(4)
+    slot_format = slot_format_of(4)
     grad = random_gradient(70, 192)
     state = fresh_state(70, 192, [grad])
-    step_on(state, [grad], fmt)
+    step_on(state, [grad], slot_format)
     before = copy.deepcopy(state)
-    step_on(state, [torch.zeros_like(grad)], fmt, step=1)
+    step_on(state, [torch.zeros_like(grad)], slot_format, step=1)
     for name in ("row_moment", "col_moment", "tensor_moment"):
         assert torch.equal(getattr(state, name), getattr(before, name))
 
@@ -120,13 +121,13 @@ def test_calibration_is_the_rms_of_the_sum(shape):
 
 
 def test_a_spike_moves_latents_no_further_than_the_clip():
-    fmt = slot_format(4)
+    slot_format = slot_format_of(4)
     grad = random_gradient(70, 192)
     state = fresh_state(70, 192, [grad])
     for step in range(3):
-        step_on(state, [grad], fmt, step)
+        step_on(state, [grad], slot_format, step)
     before = copy.deepcopy(state)
-    step_on(state, [50 * grad], fmt, 3)
+    step_on(state, [50 * grad], slot_format, 3)
     moved = (state.latent.int() - before.latent.int()).abs()
     assert moved.max() == 9  # three rates of 3
     assert (state.row_moment > before.row_moment).all()
@@ -134,16 +135,16 @@ def test_a_spike_moves_latents_no_further_than_the_clip():
 
 
 def test_huge_and_tiny_entries():
-    fmt = slot_format(4)
+    slot_format = slot_format_of(4)
     grad = random_gradient(33, 320)
     state = fresh_state(33, 320, [grad])
     grad[0, 0], grad[1, 1], grad[2, 2] = 1e9, 1e-40, math.nan
-    exponent = slot_integers.row_exponents(state.row_moment, fmt)
-    integers, nonfinite, clipped = slot_integers.quantize_slot(grad, exponent, fmt, 0)
+    exponent = slot_integers.row_exponents(state.row_moment, slot_format)
+    integers, nonfinite, clipped = slot_integers.quantize_slot(grad, exponent, slot_format, 0)
     assert (nonfinite, clipped) == (1, 1)
     assert integers[0, 0] == 2047 and integers[1, 1] == 0 and integers[2, 2] == 0
-    expected = plain_update(state, integers, fmt, RATES, 3)
-    rule.update(state, integers, fmt, RATES, 3)
+    expected = plain_update(state, integers, slot_format, RATES, 3)
+    rule.update(state, integers, slot_format, RATES, 3)
     assert state.latent.tolist() == expected["latent"]
 
 
@@ -184,7 +185,7 @@ def test_stats_count_the_state():
     state = fresh_state(70, 193, [grad])
     before = start.trits(state.latent)
     for step in range(3):
-        stats = step_on(state, [grad], slot_format(4), step)
+        stats = step_on(state, [grad], slot_format_of(4), step)
         after = start.trits(state.latent)
         assert stats.flips == int((before != after).sum())
         assert stats.zeros == int((after == 0).sum())
@@ -199,7 +200,7 @@ def weight_of(state) -> torch.Tensor:
 
 @pytest.mark.parametrize("slots", [4, 17])
 def test_a_regression_is_learned(slots):
-    fmt = slot_format(slots)
+    slot_format = slot_format_of(slots)
     teacher = weight_of(start.init_state(24, 100, 1.0, seed=8, name="teacher"))
     state = start.init_state(24, 100, 0.5, seed=9, name="student")
     losses = []
@@ -211,7 +212,7 @@ def test_a_regression_is_learned(slots):
         grads = [error[s::slots].T @ x[s::slots] / len(x) for s in range(slots)]
         if step == 0:
             start.calibrate(state, sum(slot_integers.quantize_exact(grad) for grad in grads))
-        step_on(state, grads, fmt, step)
+        step_on(state, grads, slot_format, step)
     assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
 
 
@@ -222,7 +223,7 @@ def test_a_latent_rate_of_zero_moves_scales_alone():
     # The gradient of a weight that should grow: every row scale must rise.
     grad = -start.trits(state.latent) * 1e-4
     for step in range(5):
-        stats = step_on(state, [grad], slot_format(4), step, moments.step_rates(0, 167772))
+        stats = step_on(state, [grad], slot_format_of(4), step, moments.step_rates(0, 167772))
         assert stats.flips == 0
     assert torch.equal(state.latent, before.latent)
     assert (state.log2_scale > before.log2_scale).all()

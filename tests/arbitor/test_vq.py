@@ -50,10 +50,10 @@ def test_the_auxiliary_loss_pulls_codes_and_positions_together():
 
 def test_usage_idle_steps_and_perplexity():
     bridge = make_bridge(num_codes=4)
-    figures = bridge.apply(torch.tensor([[0, 0, 1, 1], [1, 1, 0, 0]]), key=1)
+    figures = bridge.apply_counts(torch.tensor([[0, 0, 1, 1], [1, 1, 0, 0]]), key=1)
     assert bridge.usage.tolist() == [256, 256, 0, 0] and bridge.idle.tolist() == [0, 0, 1, 1]
     assert figures["vq/perplexity"] == pytest.approx(2) and figures["vq/used"] == 0.5
-    figures = bridge.apply(torch.tensor([[0, 0, 0, 2], [0, 0, 0, 0]]), key=2)
+    figures = bridge.apply_counts(torch.tensor([[0, 0, 0, 2], [0, 0, 0, 0]]), key=2)
     assert bridge.usage.tolist() == [256 - 4 + 7 * 64, 256 - 4, 64, 0]
     assert bridge.idle.tolist() == [0, 1, 0, 2]
     entropy = -(7 / 8 * math.log(7 / 8) + 1 / 8 * math.log(1 / 8))
@@ -68,7 +68,7 @@ def test_an_idle_code_becomes_a_nearby_copy_of_the_most_used_one(format):
     before = bridge.codebook.latents().clone()
     bridge.idle[5] = IDLE_STEPS - 1
     bridge.usage += 64
-    figures = bridge.apply(torch.tensor([[3] * 100]), key=7)
+    figures = bridge.apply_counts(torch.tensor([[3] * 100]), key=7)
     assert figures["vq/splits"] == 1
     latents = bridge.codebook.latents()
     moved = (latents[5].int() - before[3].int()).abs()
@@ -81,11 +81,22 @@ def test_an_idle_code_becomes_a_nearby_copy_of_the_most_used_one(format):
     assert abs(int(bridge.usage[3] - bridge.usage[5])) <= 1 and bridge.idle[5] == 0
 
 
+def test_a_code_that_was_crowded_before_it_fell_idle_is_not_split():
+    bridge = make_bridge()
+    bridge.usage[5] = 1000 * 64  # more than any other still
+    bridge.idle[[5, 6]] = IDLE_STEPS - 1
+    before = bridge.codebook.latents().clone()
+    assert bridge.apply_counts(torch.tensor([[3] * 1000]), key=7)["vq/splits"] == 1
+    latents = bridge.codebook.latents()
+    assert (latents[5].int() - before[3].int()).abs().max() <= vq.SPLIT_NOISE
+
+
 @pytest.mark.parametrize(("positions", "steps"), [(64, 8), (32, 16), (31, 17)])
 def test_a_code_is_idle_when_the_mean_code_was_chosen_16_times_meanwhile(positions, steps):
     bridge = make_bridge()  # of 32 codes
     splits = [
-        bridge.apply(torch.full((1, positions), 3), key=step)["vq/splits"] for step in range(steps)
+        bridge.apply_counts(torch.full((1, positions), 3), key=step)["vq/splits"]
+        for step in range(steps)
     ]
     assert splits[:-1] == [0] * (steps - 1) and splits[-1] == 1
 
@@ -93,4 +104,4 @@ def test_a_code_is_idle_when_the_mean_code_was_chosen_16_times_meanwhile(positio
 def test_codes_are_not_split_where_trits_never_move():
     bridge = make_bridge(rule="bigint")
     bridge.idle[5] = IDLE_STEPS
-    assert bridge.apply(torch.tensor([[3] * 100]), key=7)["vq/splits"] == 0
+    assert bridge.apply_counts(torch.tensor([[3] * 100]), key=7)["vq/splits"] == 0

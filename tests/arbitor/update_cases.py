@@ -39,18 +39,18 @@ def fresh_state(
     return state
 
 
-def slot_sum(state, grads, fmt, step=0) -> torch.Tensor:
-    exponent = slots.row_exponents(state.row_moment, fmt)
-    total = torch.zeros(grads[0].shape, dtype=fmt.sum_dtype)
+def slot_sum(state, grads, slot_format, step=0) -> torch.Tensor:
+    exponent = slots.row_exponents(state.row_moment, slot_format)
+    total = torch.zeros(grads[0].shape, dtype=slot_format.sum_dtype)
     for slot, grad in enumerate(grads):
         key = fp.stream_key(1, step, 7, fp.STREAM_SLOT + slot)
-        total += slots.quantize_slot(grad, exponent, fmt, key)[0]
+        total += slots.quantize_slot(grad, exponent, slot_format, key)[0]
     return total
 
 
-def step_on(state, grads, fmt, step=0, rates=RATES) -> rule.UpdateStats:
+def step_on(state, grads, slot_format, step=0, rates=RATES) -> rule.UpdateStats:
     key = fp.stream_key(1, step, 7, fp.STREAM_UPDATE)
-    return rule.update(state, slot_sum(state, grads, fmt, step), fmt, rates, key)
+    return rule.update(state, slot_sum(state, grads, slot_format, step), slot_format, rates, key)
 
 
 def assert_equal_states(left, right):

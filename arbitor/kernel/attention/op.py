@@ -17,13 +17,13 @@ def attend(
     key_BTNH: Tensor,
     value_BTNH: Tensor,
     compressed: tuple[Tensor, Tensor] | None = None,
-    window: int | None = None,
+    window: int = 0,
     stride: int = 1,
 ) -> Tensor:
     """Output [B, T, N, H], contiguous, as `reference.attend` defines it, in the inputs' dtype.
 
-    Without a window attention is causal and dense. Compressed keys and values [B, J, N, H] need a
-    window, and J of at least the blocks that the last position sees; further ones are ignored.
+    Without a window (0) attention is causal and dense. Compressed keys and values [B, J, N, H] need
+    one, and J of at least the blocks that the last position sees; further ones are ignored.
     Precondition of the Triton path: no query or key is longer than sqrt(H), as gain-free norms
     make them. It serves bfloat16 heads whose width is a power of two from 16 to 128; all else
     takes torch's path.
@@ -37,7 +37,7 @@ def attend(
             count_path("attention.forward", "triton")
             return _AttentionFunction.apply(*inputs)
     count_path("attention.forward", "torch")
-    if window is not None:
+    if window:
         return chunked.attend(*inputs)
     heads = (query_BTNH, key_BTNH, value_BTNH)
     if query_BTNH.is_cuda:
@@ -52,14 +52,14 @@ def _flash(query_BTNH: Tensor, key_BTNH: Tensor, value_BTNH: Tensor) -> Tensor:
 
 
 def _seen(
-    compressed: tuple[Tensor, Tensor] | None, T: int, window: int | None, stride: int
+    compressed: tuple[Tensor, Tensor] | None, T: int, window: int, stride: int
 ) -> tuple[Tensor, Tensor] | None:
     """The compressed blocks that any of T positions sees."""
-    if window is not None and (window < 1 or stride < 1):
-        raise ValueError(f"attention: window {window} and stride {stride} must be at least 1")
+    if window < 0 or stride < 1:
+        raise ValueError(f"attention: expected a window of 0 or more, stride {stride} 1 or more")
     if compressed is None:
         return None
-    if window is None:
+    if not window:
         raise ValueError("attention: compressed keys are seen before a window; give its length")
     blocks = max(0, T - window) // stride
     if compressed[0].shape[1] < blocks:
@@ -82,7 +82,7 @@ class _AttentionFunction(torch.autograd.Function):
         inputs = [triton.readable(x) for x in (query_BTNH, key_BTNH, value_BTNH)]
         pair = (compressed_key_BJNH, compressed_value_BJNH)
         compressed = [triton.readable(x) for x in pair if x is not None and x.shape[1]]
-        ctx.visible = triton.Visible(window[0] or 0, window[1])
+        ctx.visible = triton.Visible(*window)
         out_BTNH, log2_sum_BNS = triton.attention_forward(*inputs, compressed, ctx.visible)
         ctx.save_for_backward(out_BTNH, log2_sum_BNS, *inputs, *compressed)
         return out_BTNH

@@ -15,7 +15,7 @@ def attend(
     key_BTNH: Tensor,
     value_BTNH: Tensor,
     compressed: tuple[Tensor, Tensor] | None = None,
-    window: int | None = None,
+    window: int = 0,
     stride: int = 1,
 ) -> Tensor:
     """One softmax of query . key / sqrt(H) over what a position sees: [B, T, N, H] float32 (or
@@ -39,10 +39,10 @@ def attend(
     return torch.einsum("bnts,bsnh->btnh", weights, value)
 
 
-def exact_start(t: Tensor, window: int | None, stride: int) -> Tensor:
+def exact_start(t: Tensor, window: int, stride: int) -> Tensor:
     """b(t), the first exact key of position t: the end of the last compressed block that leaves
     at least `window` exact keys; 0 without a window."""
-    if window is None:
+    if not window:
         return torch.zeros_like(t)
     return (t + 1 - window).clamp(min=0) // stride * stride
 

@@ -20,6 +20,7 @@ STREAM_UPDATE = 0
 STREAM_INIT = 1
 STREAM_SLOT = 8
 
+SEEDS = range(1 << 32)
 EXACT_BITS = 36
 BLOCK_ELEMENTS = 1 << 17  # a block and its temporaries stay near the caches
 

@@ -42,20 +42,13 @@ def move_group_exponents(state: GroupedState, group_size: int, words: Tensor) ->
 
 
 def scale_of_largest_group(log2_scale_N: Tensor, group_exponent_NS: Tensor) -> Tensor:
-    """int16 [N], 1/256 octave: what multiplies the accumulator of `group_operand`."""
+    """int16 [N], 1/256 octave: what multiplies the accumulator of `relative_exponents`."""
     log2_N = log2_scale_N.int() + 256 * group_exponent_NS.amax(1).int()
     return log2_N.clamp_(MOMENT_MIN, MOMENT_MAX).to(torch.int16)
 
 
-def group_operand(trits_NK: Tensor, group_exponent_NS: Tensor, group_size: int) -> Tensor:
-    """bfloat16 [N, K]: trit * 2^(g - the row's maximum), the exponent within -9 to 0; exact."""
-    shift_NS = relative_exponents(group_exponent_NS).int()
-    scale_NS = ((shift_NS + 127) << 23).view(torch.float32).to(torch.bfloat16)
-    return spread_over_groups(scale_NS, group_size, trits_NK.shape[1]) * trits_NK
-
-
 def relative_exponents(group_exponent_NS: Tensor) -> Tensor:
-    """int8 octaves of each group over the row's largest: what `group_operand` holds."""
+    """int8 octaves of each group over the row's largest, -9 to 0: what an operand holds."""
     shift_NS = group_exponent_NS - group_exponent_NS.amax(1, keepdim=True)
     return shift_NS.clamp_(LOWEST_SHIFT, 0)
 

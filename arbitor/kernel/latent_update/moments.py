@@ -99,17 +99,20 @@ def rates_and_key(words: list[int]) -> tuple[StepRates, int]:
     return rates, unsigned_word(words[WORD_KEY])
 
 
+def column_shift_of(num_rows: int, num_cols: int, slot_format: SlotFormat) -> int:
+    """The unit of the columns' sums of squares: it keeps the sum over the tensor below 2^62."""
+    return max(0, 62 - 2 * slot_format.sum_bits - (num_rows * num_cols - 1).bit_length())
+
+
 class GradientSquares:
     """Sums of squares of the gradient sum over rows and columns, int64, added up block by block.
 
-    Columns add rows of different exponents, in units of 2^-(2 * lowest exponent + column_shift),
-    where `column_shift` keeps the sum over the whole tensor below 2^62.
+    Columns add rows of different exponents, in units of 2^-(2 * lowest exponent + column_shift).
     """
 
-    def __init__(self, exponent_N: Tensor, num_cols: int, fmt: SlotFormat):
+    def __init__(self, exponent_N: Tensor, num_cols: int, slot_format: SlotFormat):
         num_rows = len(exponent_N)
-        spare_bits = 62 - 2 * fmt.sum_bits - (num_rows * num_cols - 1).bit_length()
-        self.column_shift = max(0, spare_bits)
+        self.column_shift = column_shift_of(num_rows, num_cols, slot_format)
         self.lowest_exponent = int(exponent_N.min())
         self.exponent_N = exponent_N
         self.row_N = exponent_N.new_zeros(num_rows, dtype=torch.int64)
@@ -157,7 +160,7 @@ def update_scales(
     state: TernaryState,
     scale_grad_N: Tensor,
     exponent_N: Tensor,
-    fmt: SlotFormat,
+    slot_format: SlotFormat,
     rates: StepRates,
     updates: int,
     key: int,
@@ -166,7 +169,7 @@ def update_scales(
 
     `scale_grad_N` int64 in the unit of `blend_momentum`. The quotient is kept to 3, and to 2^-20.
     """
-    log2_grad = ilog2(scale_grad_N.abs()) - ((exponent_N + fraction_bits(fmt) + 8) << 16)
+    log2_grad = ilog2(scale_grad_N.abs()) - ((exponent_N + fraction_bits(slot_format) + 8) << 16)
     if updates == 1:
         moment = ((log2_grad + 128) >> 8).clamp_(MOMENT_MIN, MOMENT_MAX)
     else:

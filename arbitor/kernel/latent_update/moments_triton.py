@@ -10,6 +10,7 @@ from arbitor.kernel.latent_update import moments
 from arbitor.kernel.latent_update.device_math import hash_word, row_exponent
 from arbitor.kernel.triton_numeric import power_of_two
 
+CLIP = tl.constexpr(moments.CLIP)
 LOG2_RATE = tl.constexpr(moments.WORD_LOG2_RATE)
 SCALE_STEP = tl.constexpr(moments.WORD_SCALE_STEP)
 UPDATES = tl.constexpr(moments.WORD_UPDATES)
@@ -119,7 +120,7 @@ def finish_kernel(
     octaves = ratio >> 8
     power = tl.load(pow2_q16_ptr + (ratio & 255)).to(tl.int64)
     step = (power << tl.maximum(octaves, 0)) >> tl.maximum(-octaves, 0)
-    step = tl.minimum(step, 3 << 16)
+    step = tl.minimum(step, CLIP << 16)
     step = tl.where(grad > 0, step, tl.where(grad < 0, -step, 0))
     dither = (stream_noise(index, key, SCALE_STREAM) & 0xFFFF).to(tl.int64)
     scale = tl.load(log2_scale_ptr + index, in_rows, 0).to(tl.int64)

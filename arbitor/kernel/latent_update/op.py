@@ -21,12 +21,12 @@ from arbitor.kernel.state_format import StateFormat
 def add_slot(
     grad_NK: Tensor,
     row_moment_N: Tensor,
-    fmt: SlotFormat,
+    slot_format: SlotFormat,
     key: Tensor,
     sum_NK: Tensor,
     counters: Tensor,
 ) -> None:
-    """Adds one slot's gradient as integers to `sum_NK`, of `fmt.sum_dtype`.
+    """Adds one slot's gradient as integers to `sum_NK`, of `slot_format.sum_dtype`.
 
     `row_moment_N` int16 is the state's; `key` int32 [1] the slot's stream as a signed word.
     Adds its numbers of non-finite and clipped entries to `counters`, int64 [2].
@@ -35,11 +35,11 @@ def add_slot(
         from arbitor.kernel.latent_update.triton import quantize_slot_
 
         count_path("slot", "triton")
-        quantize_slot_(grad_NK, row_moment_N, fmt, key, sum_NK, counters)
+        quantize_slot_(grad_NK, row_moment_N, slot_format, key, sum_NK, counters)
         return
     count_path("slot", "torch")
-    exponent_N, word = row_exponents(row_moment_N, fmt), unsigned_word(key.item())
-    integers, nonfinite, clipped = quantize_slot(grad_NK.float(), exponent_N, fmt, word)
+    exponent_N, word = row_exponents(row_moment_N, slot_format), unsigned_word(key.item())
+    integers, nonfinite, clipped = quantize_slot(grad_NK.float(), exponent_N, slot_format, word)
     sum_NK += integers
     counters += torch.tensor([nonfinite, clipped], device=counters.device)
 
@@ -47,28 +47,28 @@ def add_slot(
 def update(
     state: TernaryState,
     grad_sum_NK: Tensor,
-    fmt: SlotFormat,
+    slot_format: SlotFormat,
     words: Tensor,
     counters: Tensor,
-    format: StateFormat,
+    state_format: StateFormat,
 ) -> None:
     """The next update of the state, in place; `words` int32 [7] are those of `update_words`.
 
     Adds the numbers of flipped trits, zero trits and saturated latents to `counters`, int64 [3].
     Packed latents and momentum become int8 for the time of it.
     """
-    plain = plain_state(state, format, grad_sum_NK.shape[1])
+    plain = plain_state(state, state_format, grad_sum_NK.shape[1])
     if runs_triton(plain.latent):
         from arbitor.kernel.latent_update.triton import update_
 
         count_path("update", "triton")
-        update_(plain, grad_sum_NK, fmt, words, counters, format)
+        update_(plain, grad_sum_NK, slot_format, words, counters, state_format)
     else:
         count_path("update", "torch")
         rates, key = rates_and_key(words.tolist())
-        stats = reference.update(plain, grad_sum_NK, fmt, rates, key, format)
+        stats = reference.update(plain, grad_sum_NK, slot_format, rates, key, state_format)
         counts = [stats.flips, stats.zeros, stats.saturated]
         counters += torch.tensor(counts, device=counters.device)
     if isinstance(plain, GroupedState):
-        move_group_exponents(plain, format.group_size, words)
-    store_(state, plain, format)
+        move_group_exponents(plain, state_format.group_size, words)
+    store_(state, plain, state_format)

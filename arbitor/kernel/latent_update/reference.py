@@ -61,14 +61,14 @@ class UpdateStats:
 def update(
     state: TernaryState,
     grad_sum_NK: Tensor,
-    fmt: SlotFormat,
+    slot_format: SlotFormat,
     rates: StepRates,
     key: int,
-    format: StateFormat = INT8,
+    state_format: StateFormat = INT8,
 ) -> UpdateStats:
     """Apply the sum of `quantize_slot` over all slots of the step to the state, in place.
 
-    The state is a `plain_state`; `format` says what grid its latents and momentum keep to.
+    The state is a `plain_state`; `state_format` says what grid its latents and momentum keep to.
 
     `grad_sum_NK` int16 or int32, `key` = stream_key(seed, step, tensor_id, STREAM_UPDATE). Blocks
     of rows pass through the caches once; moments and scales follow when all rows are summed.
@@ -76,12 +76,12 @@ def update(
     num_rows, num_cols = state.latent.shape
     assert grad_sum_NK.shape == state.latent.shape and num_rows * num_cols <= 1 << 32
     block_bits = max(BLOCK_ELEMENTS, num_cols).bit_length()
-    assert max(2 * fmt.sum_bits, 30) + block_bits <= 53, "sums must be exact in float64"
+    assert max(2 * slot_format.sum_bits, 30) + block_bits <= 53, "sums must be exact in float64"
     state.num_updates += 1
     updates = int(state.num_updates)
-    exponent_N = row_exponents(state.row_moment, fmt)
+    exponent_N = row_exponents(state.row_moment, slot_format)
     row_log2_N, col_log2_GL = _log2_normalizer(state, rates, updates)
-    squares = GradientSquares(exponent_N, num_cols, fmt)
+    squares = GradientSquares(exponent_N, num_cols, slot_format)
     scale_grad_N = torch.empty(num_rows, dtype=torch.int64, device=exponent_N.device)
     flips = nonzeros = saturated = 0
     for rows in row_blocks(num_rows, num_cols):
@@ -96,15 +96,15 @@ def update(
             state.momentum_exponent[block],
             grad,
             exponent_N[block],
-            fmt,
-            format.momentum_bits,
+            slot_format,
+            state_format,
         )
         momentum, momentum_exponent = round_momentum(
-            blended, exponent_N[block], noise, fmt, format.momentum_bits
+            blended, exponent_N[block], noise, slot_format, state_format
         )
         old = _grouped(state.latent[block])
         step = latent_step(momentum, momentum_exponent, row_log2_N[block], col_log2_GL, rates)
-        new = move_latent(old, step, noise, format)
+        new = move_latent(old, step, noise, state_format)
 
         old_trits, new_trits = trits(old), trits(new)
         scale_grad_N[block] = (blended * old_trits).sum((1, 2), dtype=torch.float64).long()
@@ -113,10 +113,10 @@ def update(
         state.latent[block] = new.flatten(1)[:, :num_cols]
         flips += int(torch.count_nonzero(new_trits - old_trits))
         nonzeros += int(torch.count_nonzero(new_trits))
-        beyond = new.abs() - (format.largest_latent - 1)
+        beyond = new.abs() - (state_format.largest_latent - 1)
         saturated += int(torch.count_nonzero(beyond.clamp_(min=0)))
     update_moments(state, squares, updates, key)
-    update_scales(state, scale_grad_N, exponent_N, fmt, rates, updates, key)
+    update_scales(state, scale_grad_N, exponent_N, slot_format, rates, updates, key)
     return UpdateStats(flips, num_rows * num_cols - nonzeros, saturated)
 
 
@@ -143,33 +143,38 @@ def blend_momentum(
     momentum_exponent_BG: Tensor,
     grad: Tensor,
     exponent_B: Tensor,
-    fmt: SlotFormat,
-    bits: int = 8,
+    slot_format: SlotFormat,
+    state_format: StateFormat,
 ) -> Tensor:
     """230/256 of the momentum and 26/256 of the gradient sum: int32 [B, G, 64], below 2^30.
 
     `momentum` int8 and `grad` int32 [B, G, 64]. Unit 2^-(row exponent + fraction bits + 8). The
-    weight multiplies before the shift, which would otherwise drop bits always downwards. `bits` of
-    momentum: fewer drop more, so their exponents reach higher.
+    weight multiplies before the shift, which would otherwise drop bits always downwards. Fewer bits
+    of momentum drop more, so their exponents reach higher.
     """
-    unit_B1 = exponent_B.unsqueeze(1) + fraction_bits(fmt)
-    places = (momentum_exponent_BG.int() + unit_B1).clamp_(-31, 23 - bits).unsqueeze(-1)
+    unit_B1 = exponent_B.unsqueeze(1) + fraction_bits(slot_format)
+    places = (momentum_exponent_BG.int() + unit_B1).clamp_(-31, 23 - state_format.momentum_bits)
+    places = places.unsqueeze(-1)
     blended = momentum.int() * (MOMENTUM_WEIGHT << places.clamp(min=0))
     blended >>= (-places).clamp_(min=0)
-    return blended.add_(grad, alpha=(256 - MOMENTUM_WEIGHT) << fraction_bits(fmt))
+    return blended.add_(grad, alpha=(256 - MOMENTUM_WEIGHT) << fraction_bits(slot_format))
 
 
 def round_momentum(
-    blended: Tensor, exponent_B: Tensor, noise: Tensor, fmt: SlotFormat, bits: int = 8
+    blended: Tensor,
+    exponent_B: Tensor,
+    noise: Tensor,
+    slot_format: SlotFormat,
+    state_format: StateFormat,
 ) -> tuple[Tensor, Tensor]:
     """int32 momentum [B, G, 64] in +-127 and its exponents [B, G], by stochastic rounding.
 
     A group drops the bits that keep its largest magnitude within 7 bits; the upper 16 bits of the
-    hash `noise` stand for those dropped (at most 23). With 4 `bits`: in +-7, 3 bits, at most 27.
+    hash `noise` stand for those dropped (at most 23). With 4 bits: in +-7, 3 bits, at most 27.
     """
     peak = blended.abs().amax(-1)
-    dropped = (bit_length(peak) - (bits - 1)).clamp_(min=0).int()
-    exponent = dropped - (exponent_B.unsqueeze(1) + fraction_bits(fmt) + 8)
+    dropped = (bit_length(peak) - (state_format.momentum_bits - 1)).clamp_(min=0).int()
+    exponent = dropped - (exponent_B.unsqueeze(1) + fraction_bits(slot_format) + 8)
     exponent = torch.where(peak > 0, exponent.clamp_(-128, 127), EMPTY_GROUP)
     dropped.unsqueeze_(-1)
     dither = (noise >> 8).bitwise_and_(0xFFFF00)
@@ -177,7 +182,7 @@ def round_momentum(
     dither <<= (dropped - 24).clamp_(min=0)
     dither += blended
     dither >>= dropped
-    largest = (1 << (bits - 1)) - 1
+    largest = state_format.largest_momentum
     return dither.clamp_(-largest, largest), exponent
 
 
@@ -201,15 +206,17 @@ def latent_step(
     return step.clamp_(-rates.max_latent_step, rates.max_latent_step)
 
 
-def move_latent(latent: Tensor, step: Tensor, noise: Tensor, format: StateFormat = INT8) -> Tensor:
+def move_latent(
+    latent: Tensor, step: Tensor, noise: Tensor, state_format: StateFormat = INT8
+) -> Tensor:
     """int8 latents minus the steps, rounded stochastically onto the latents' grid.
 
     `noise` gives as many of its lower bits as lie below the grid: 16, or 18 for steps of 4.
     """
-    places = 16 + format.latent_shift
+    places = 16 + state_format.latent_shift
     whole = noise & ((1 << places) - 1)
     whole += step
     whole >>= places
-    largest = format.largest_latent >> format.latent_shift
-    codes = ((latent >> format.latent_shift) - whole).clamp_(-largest, largest)
-    return codes.to(torch.int8) << format.latent_shift
+    largest = state_format.largest_latent >> state_format.latent_shift
+    codes = ((latent >> state_format.latent_shift) - whole).clamp_(-largest, largest)
+    return codes.to(torch.int8) << state_format.latent_shift

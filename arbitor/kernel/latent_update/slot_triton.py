@@ -18,12 +18,12 @@ TILE = {"BLOCK_N": 4, "BLOCK_K": 256, "num_warps": 4}  # 8 weights a thread: mem
 def quantize_slot_(
     grad_NK: Tensor,
     row_moment_N: Tensor,
-    fmt: SlotFormat,
+    slot_format: SlotFormat,
     key: Tensor,
     sum_NK: Tensor,
     counters: Tensor,
 ) -> None:
-    """Add one slot's gradient (float32 or bfloat16) as integers to `sum_NK` (fmt.sum_dtype).
+    """Add one slot's gradient (float32 or bfloat16) as integers to `sum_NK` (of its `sum_dtype`).
 
     `row_moment_N` int16 gives the exponents, `key` int32 [1] is the slot's stream as a signed word.
     Adds the numbers of non-finite and clipped entries to `counters`, int64 [2]; nothing waits for
@@ -31,7 +31,7 @@ def quantize_slot_(
     """
     num_rows, num_cols = grad_NK.shape
     assert grad_NK.dtype in (torch.float32, torch.bfloat16)
-    assert sum_NK.shape == grad_NK.shape and sum_NK.dtype == fmt.sum_dtype
+    assert sum_NK.shape == grad_NK.shape and sum_NK.dtype == slot_format.sum_dtype
     assert grad_NK.is_contiguous() and sum_NK.is_contiguous()
     grid = (triton.cdiv(num_rows, TILE["BLOCK_N"]), triton.cdiv(num_cols, TILE["BLOCK_K"]))
     quantize_slot_kernel[grid](
@@ -42,9 +42,9 @@ def quantize_slot_(
         key,
         num_rows,
         num_cols,
-        R0=fmt.r0,
-        LIMIT=float(fmt.qmax << 16),
-        STOCHASTIC=fmt.stochastic,
+        R0=slot_format.r0,
+        LIMIT=float(slot_format.qmax << 16),
+        STOCHASTIC=slot_format.stochastic,
         **TILE,
     )
 

@@ -46,7 +46,7 @@ class SlotFormat:
         return torch.int16 if self.slots_per_step * self.qmax <= 32767 else torch.int32
 
 
-def slot_format(slots_per_step: int) -> SlotFormat:
+def slot_format_of(slots_per_step: int) -> SlotFormat:
     """12 bits rounded to nearest up to 16 slots, so that sums fit 16 bits; else 8, stochastic.
 
     Headroom qmax / 2^r0 over the row's rms: 64x and 16x.
@@ -57,26 +57,26 @@ def slot_format(slots_per_step: int) -> SlotFormat:
     return SlotFormat(slots_per_step, bits=8, r0=3, stochastic=True)
 
 
-def row_exponents(row_moment_N: Tensor, fmt: SlotFormat) -> Tensor:
+def row_exponents(row_moment_N: Tensor, slot_format: SlotFormat) -> Tensor:
     """int32 [N]: a row's gradient times 2^exponent is counted in integers."""
     octaves = (row_moment_N.int() + 128) >> 8
-    return (fmt.r0 - octaves).clamp_(-100, 100)
+    return (slot_format.r0 - octaves).clamp_(-100, 100)
 
 
 def quantize_slot(
-    grad_NK: Tensor, row_exponent_N: Tensor, fmt: SlotFormat, key: int
+    grad_NK: Tensor, row_exponent_N: Tensor, slot_format: SlotFormat, key: int
 ) -> tuple[Tensor, int, int]:
     """Integers of one slot's float32 gradient, and its numbers of non-finite and clipped entries.
 
     q = (trunc(clamp(g * 2^exponent, +-qmax) * 2^16) + r) >> 16 with r = 2^15, or for stochastic
     formats the low 16 bits of the hash under `key` = stream_key(.., STREAM_SLOT + slot).
-    Non-finite entries become 0. Returns ([N, K] of fmt.sum_dtype, count, count). Power-of-two
+    Non-finite entries become 0. Returns ([N, K] of `sum_dtype`, count, count). Power-of-two
     products, comparisons and truncation are exact everywhere; no addition that could be fused.
     """
     assert grad_NK.dtype == torch.float32
-    limit = float(fmt.qmax << 16)
+    limit = float(slot_format.qmax << 16)
     scale_N1 = float32_power_of_two(row_exponent_N + 16).unsqueeze(1)
-    integers = torch.empty(grad_NK.shape, dtype=fmt.sum_dtype, device=grad_NK.device)
+    integers = torch.empty(grad_NK.shape, dtype=slot_format.sum_dtype, device=grad_NK.device)
     nonfinite = clipped = 0
     for rows in row_blocks(*grad_NK.shape):
         block = slice(rows.start, rows.stop)
@@ -89,7 +89,7 @@ def quantize_slot(
             clipped += int((scaled.abs() > limit).sum())
             scaled.clamp_(-limit, limit)
         q16 = scaled.int()
-        if fmt.stochastic:
+        if slot_format.stochastic:
             num_cols = grad_NK.shape[1]
             index = element_index(rows, num_cols, num_cols, grad_NK.device)
             q16 += low_bits(counter_hash(index, key))
@@ -109,9 +109,9 @@ def quantize_exact(grad: Tensor) -> Tensor:
     return (finite * 2.0**EXACT_BITS).clamp_(-(2.0**50), 2.0**50).long()
 
 
-def fraction_bits(fmt: SlotFormat) -> int:
+def fraction_bits(slot_format: SlotFormat) -> int:
     """Bits below the gradient's integer in momentum arithmetic: the sum is shifted to 21 bits."""
-    return 21 - fmt.sum_bits
+    return 21 - slot_format.sum_bits
 
 
 def row_blocks(num_rows: int, num_cols: int) -> Iterator[range]:

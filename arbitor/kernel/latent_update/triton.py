@@ -16,7 +16,7 @@ from torch import Tensor
 
 from arbitor.kernel.latent_update.device_math import device_tables
 from arbitor.kernel.latent_update.fixed_point import log2_fraction
-from arbitor.kernel.latent_update.moments import NUM_WORDS
+from arbitor.kernel.latent_update.moments import MOMENTUM_WEIGHT, NUM_WORDS, column_shift_of
 from arbitor.kernel.latent_update.moments_triton import finish_kernel, prepare_kernel
 from arbitor.kernel.latent_update.slot_triton import quantize_slot_
 from arbitor.kernel.latent_update.slots import SlotFormat, fraction_bits
@@ -38,10 +38,10 @@ BLOCK_FINISH = 128
 def update_(
     state: TernaryState,
     grad_sum_NK: Tensor,
-    fmt: SlotFormat,
+    slot_format: SlotFormat,
     words: Tensor,
     counters: Tensor | None = None,
-    format: StateFormat = INT8,
+    state_format: StateFormat = INT8,
 ) -> None:
     """`reference.update` of a state on a GPU, in place; contiguous tensors.
 
@@ -52,7 +52,7 @@ def update_(
     """
     num_rows, num_cols = state.latent.shape
     num_groups = -(-num_cols // GROUP)
-    assert grad_sum_NK.shape == state.latent.shape and grad_sum_NK.dtype == fmt.sum_dtype
+    assert grad_sum_NK.shape == state.latent.shape and grad_sum_NK.dtype == slot_format.sum_dtype
     assert grad_sum_NK.is_contiguous() and state.latent.is_contiguous()
     assert state.momentum.is_contiguous() and num_rows * num_cols <= 1 << 32
     assert words.dtype == torch.int32 and words.shape == (NUM_WORDS,)
@@ -77,12 +77,11 @@ def update_(
         words,
         num_rows,
         num_cols,
-        R0=fmt.r0,
-        FRACTION=fraction_bits(fmt),
+        R0=slot_format.r0,
+        FRACTION=fraction_bits(slot_format),
         BLOCK=BLOCK_PREPARE,
     )
-    # Squares of a column are added in units that keep the sum over the tensor below 2^62.
-    column_shift = max(0, 62 - 2 * fmt.sum_bits - (num_rows * num_cols - 1).bit_length())
+    column_shift = column_shift_of(num_rows, num_cols, slot_format)
     row_tiles = triton.cdiv(num_rows, TILE["BLOCK_N"])
     steps = min(STEPS, triton.next_power_of_2(row_tiles))
     grid = (num_groups, triton.cdiv(row_tiles, steps))
@@ -103,12 +102,15 @@ def update_(
         num_groups,
         num_blocks,
         column_shift,
-        SUM_BITS=fmt.sum_bits,
+        SUM_BITS=slot_format.sum_bits,
+        FRACTION=fraction_bits(slot_format),
         ALIGNED=num_cols % GROUP == 0,
-        WIDE=column_shift > 30 or fmt.sum_bits > 15,
+        WIDE=column_shift > 30 or slot_format.sum_bits > 15,
         COUNT=counters is not None,
-        MOMENTUM_BITS=format.momentum_bits,
-        LATENT_SHIFT=format.latent_shift,
+        MOMENTUM_WEIGHT=MOMENTUM_WEIGHT,
+        MOMENTUM_BITS=state_format.momentum_bits,
+        MOMENTUM_MAX=state_format.largest_momentum,
+        LATENT_SHIFT=state_format.latent_shift,
         STEPS=steps,
         BLOCK_BLOCKS=triton.next_power_of_2(num_blocks),
         maxnreg=REGISTERS[num_cols % GROUP == 0],
@@ -135,7 +137,7 @@ def update_(
         log2_fraction(num_rows),
         log2_fraction(num_cols),
         column_shift,
-        FRACTION=fraction_bits(fmt),
+        FRACTION=fraction_bits(slot_format),
         COUNT=counters is not None,
         BLOCK=BLOCK_FINISH,
         BLOCK_BLOCKS=triton.next_power_of_2(num_blocks),

@@ -35,10 +35,13 @@ def update_kernel(
     num_blocks,
     column_shift,
     SUM_BITS: tl.constexpr,
+    FRACTION: tl.constexpr,
     ALIGNED: tl.constexpr,
     WIDE: tl.constexpr,
     COUNT: tl.constexpr,
+    MOMENTUM_WEIGHT: tl.constexpr,
     MOMENTUM_BITS: tl.constexpr,
+    MOMENTUM_MAX: tl.constexpr,
     LATENT_SHIFT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STEPS: tl.constexpr,
@@ -46,8 +49,7 @@ def update_kernel(
 ):
     """One group of 64 columns, STEPS tiles of BLOCK_N rows: steps 1 to 4 for every weight."""
     GROUP: tl.constexpr = 64
-    FRACTION: tl.constexpr = 21 - SUM_BITS
-    MOMENTUM_MAX: tl.constexpr = (1 << (MOMENTUM_BITS - 1)) - 1
+    TAKEN: tl.constexpr = (256 - MOMENTUM_WEIGHT) << FRACTION
     PLACES: tl.constexpr = 16 + LATENT_SHIFT  # below the grid of the latents
     BELOW: tl.constexpr = (1 << PLACES) - 1
     LATENT_MAX: tl.constexpr = 127 >> LATENT_SHIFT
@@ -113,8 +115,8 @@ def update_kernel(
             col_sum += cut.to(tl.int64) * (1 << left).to(tl.int64)[:, None]
 
         places = tl.minimum(tl.maximum(exponent + unit, -31), 23 - MOMENTUM_BITS)
-        blended = momentum * (230 << tl.maximum(places, 0))[:, None]
-        blended = (blended >> tl.maximum(-places, 0)[:, None]) + grad * (26 << FRACTION)
+        blended = momentum * (MOMENTUM_WEIGHT << tl.maximum(places, 0))[:, None]
+        blended = (blended >> tl.maximum(-places, 0)[:, None]) + grad * TAKEN
         peak = tl.max(tl.abs(blended), 1)
         # Bit length from the exponent of a float that cannot have been rounded up.
         top = (peak & ~(peak >> 1)).to(tl.float32).to(tl.int32, bitcast=True)

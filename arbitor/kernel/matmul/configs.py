@@ -1,11 +1,11 @@
-"""Which implementation runs a matmul: a shipped table by device, dtype and shape, nothing is timed.
+"""Which implementation runs a matmul, by device, dtype and shape; nothing is timed.
 
-An entry is either "library" (cuBLASLt through torch) or the tile of a Triton kernel. Figures and
-commands behind the entries: `README.md` of this folder and `benchmarks/results/`.
+It is the library (cuBLASLt through torch) for every fp8 shape that it takes, as measured, and the
+tile of a Triton kernel elsewhere. Figures and commands: `README.md` of this folder and
+`benchmarks/results/`.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
@@ -34,35 +34,18 @@ _SMALL = GemmConfig(64, 64, 64, num_warps=4, num_stages=3)
 _SMALL_EXACT = GemmConfig(64, 64, 64, num_warps=4, num_stages=3, exact=True)
 _SMALL_BELOW = 128  # rows or columns of the result
 
-# What runs where the library takes the shape and no entry of `_TABLE` says otherwise.
-_DEFAULT: dict[str, Choice] = {
-    "forward": LIBRARY,
-    "backward_x": LIBRARY,
-    "backward_weight": LIBRARY,
-}
-_TABLE: dict[tuple[str, str], Choice] = {}  # (device, op)
-
 
 def choose_gemm(
     op: str, device: torch.device, dtype: torch.dtype, M: int, N: int, K: int
 ) -> Choice:
-    """The implementation of C[M, N] = A[M, K] B[N, K]^T for an `op` of `_DEFAULT`."""
+    """The implementation of C[M, N] = A[M, K] B[N, K]^T for the op forward, backward_x or
+    backward_weight."""
+    if device.type == "cuda" and _library_takes(dtype, N, K):
+        return LIBRARY
     exact = op == "backward_weight"
     if min(M, N) < _SMALL_BELOW:
-        tile = _SMALL_EXACT if exact else _SMALL
-    else:
-        tile = _EXACT if exact else _FAST
-    choice = _choice_of(op, device)
-    if choice == LIBRARY:
-        return LIBRARY if _library_takes(dtype, N, K) else tile
-    return choice if choice and min(M, N) >= _SMALL_BELOW else tile
-
-
-@lru_cache
-def _choice_of(op: str, device: torch.device) -> Choice | None:
-    if device.type != "cuda":
-        return None
-    return _TABLE.get((torch.cuda.get_device_name(device), op), _DEFAULT[op])
+        return _SMALL_EXACT if exact else _SMALL
+    return _EXACT if exact else _FAST
 
 
 def _library_takes(dtype: torch.dtype, N: int, K: int) -> bool:

@@ -21,12 +21,14 @@ def forward(x: Quantized, weight_NK: Tensor, row_scale_N: Tensor) -> Tensor:
     The weight is int8 latents, which stand for trits, the uint8 plane of packed ones, or a bfloat16
     operand. That one takes plain bfloat16 matmuls on every backend but TileLang.
     """
-    if weight_NK.dtype == torch.uint8:
-        y_MN, path = _plane_forward(x, weight_NK, row_scale_N)
-    elif active_backend() == "tilelang":
+    if active_backend() == "tilelang":
         from arbitor.kernel.matmul import tilelang
 
+        if weight_NK.dtype == torch.uint8:
+            weight_NK = _latents_of_plane(weight_NK, x)
         y_MN, path = tilelang.matmul_forward(x, weight_NK, row_scale_N), "tilelang"
+    elif weight_NK.dtype == torch.uint8:
+        y_MN, path = _plane_forward(x, weight_NK, row_scale_N)
     elif _decodes_on_gpu(weight_NK):
         from arbitor.kernel.matmul import triton
 
@@ -43,11 +45,14 @@ def _plane_forward(x: Quantized, plane_NQ: Tensor, row_scale_N: Tensor) -> tuple
         return plane_matmul(x, plane_NQ, row_scale_N), "torch"
     from arbitor.kernel.matmul import decode_gemv, triton
 
-    M, K = x.codes.shape
-    if M <= decode_gemv.MAX_POSITIONS:
+    if x.codes.shape[0] <= decode_gemv.MAX_POSITIONS:
         return decode_gemv.plane_matmul(x, plane_NQ, row_scale_N), "plane"
-    # Any latent outside the dead zone stands for its sign.
-    return triton.matmul_forward(x, unpack_plane(plane_NQ, K) * LATENT_MAX, row_scale_N)
+    return triton.matmul_forward(x, _latents_of_plane(plane_NQ, x), row_scale_N)
+
+
+def _latents_of_plane(plane_NQ: Tensor, x: Quantized) -> Tensor:
+    """int8 [N, K]: any latent outside the dead zone stands for its sign."""
+    return unpack_plane(plane_NQ, x.codes.shape[1]) * LATENT_MAX
 
 
 def backward(
