@@ -15,6 +15,7 @@ from arbitor.main import ModelConfig
 from arbitor.modality import MODALITIES
 from arbitor.optimizer import UpdateConfig
 from arbitor.settings import build, parse_value, read_yaml, set_value
+from data_pipeline.command import set_values
 from data_pipeline.schema import DataConfig
 
 
@@ -145,7 +146,7 @@ class RunConfig:
         return asdict(self)
 
 
-_IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the command of a submitted job
+IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the command of a submitted job
 
 CONFIG = "config.yaml"  # in the run's folder: its resolved configuration
 
@@ -197,17 +198,14 @@ def load_run_config(
     if files and "model" in defaults:
         values["model"] = _copy(defaults["model"]) | dict(values.get("model") or {})
     values.setdefault("name", Path(files[0]).stem if files else job)
-    for word in options.words:
-        if "=" in word:
-            path, text = word.split("=", 1)
-            set_value(values, path, parse_value(text))
+    set_values(values, options.words)
     for flag, value in vars(options).items():
         if value is not None and flag != "words":
             _apply_flag(values, "--" + flag.replace("_", "-"), value)
     encoder = (values.get("model") or {}).get("image_encoder")
     if encoder:
         values["model"]["image_encoder"] = str(Path(str(encoder)).absolute())
-    in_job = _IN_JOB in os.environ if in_job is None else in_job
+    in_job = IN_JOB in os.environ if in_job is None else in_job
     values["storage"] = _folder("storage", values.get("storage") or RunConfig.storage, in_job)
     if values.get("init_from"):
         values["init_from"] = _folder("init_from", values["init_from"], in_job)
