@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_jobs.processes import describe, end, is_here, replace_text, this_process
 
-FOLDER = "heartbeats"  # in a run's folder
+HEARTBEATS = "heartbeats"  # in a run's folder
 TRAINING = "training"  # the phase in which steps must come
 BEAT_S = 1.0
 SILENCE_S = 20.0  # and a second or two to look, to kill and to be told: noticed within 30 s
@@ -30,7 +30,7 @@ class Heartbeat:
     """A worker's own; a thread writes it while the worker computes."""
 
     def __init__(self, folder: Path, rank: int, token: int):
-        self._path = folder / FOLDER / f"{rank}.json"
+        self._path = folder / HEARTBEATS / f"{rank}.json"
         self._path.parent.mkdir(exist_ok=True)
         self._values = {
             "token": token,
@@ -74,7 +74,7 @@ class Heartbeat:
 
 def newest_beats(folder: Path) -> list[dict[str, Any]]:
     """Of the workers that were started last in the run `folder`."""
-    beats = [json.loads(path.read_text()) for path in (folder / FOLDER).glob("*.json")]
+    beats = [json.loads(path.read_text()) for path in (folder / HEARTBEATS).glob("*.json")]
     newest = max((beat["token"] for beat in beats), default=0)
     return [beat for beat in beats if beat["token"] == newest]
 
@@ -94,7 +94,7 @@ class Watch:
     """A thread of the driver that looks after the workers of the newest group until `close`."""
 
     def __init__(self, folder: Path, step_timeout_s: float):
-        self._folder, self._step_timeout_s = folder / FOLDER, step_timeout_s
+        self._folder, self._step_timeout_s = folder / HEARTBEATS, step_timeout_s
         self._seen: dict[tuple[int, int], _Seen] = {}
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._work, name="watch", daemon=True)

@@ -22,9 +22,9 @@ from arbitor.errors import UserError
 from data_pipeline.files import resolve_place
 from ray_jobs.attempts import RAY
 from ray_jobs.config import CONFIG, RunConfig
-from ray_jobs.heartbeat import FOLDER as HEARTBEATS
+from ray_jobs.heartbeat import HEARTBEATS
 from ray_jobs.stop import LAST_STEP, REQUEST
-from ray_jobs.tracking import NOTE
+from ray_jobs.tracking import MLFLOW_FILE
 
 _LOOK_EVERY_S = 5.0
 _STORE_ERRORS = (OSError, pa.ArrowException)
@@ -72,7 +72,7 @@ class Mirror:
         self._config, self._folder = config, config.folder
         self._stays_here = {RAY, HEARTBEATS, REQUEST, LAST_STEP}
         if not config.tracking.uri:
-            self._stays_here.add(NOTE)  # of a store on the disk that may be lost
+            self._stays_here.add(MLFLOW_FILE)  # of a store on the disk that may be lost
         self._checkpoints: set[Path] = set()  # manifests of those that are sent
         self._sent: dict[str, tuple[int, int]] = {}  # by name in the folder: size and time
         self._failure: BaseException | None = None

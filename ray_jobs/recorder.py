@@ -61,7 +61,7 @@ class Recorder:
         if report.step == self.group.start:
             self.first_step_done()
         metrics = self.step_metrics(report) | self.checkpoint_metrics(self.checkpoints.poll())
-        if self._due(done, self.config.eval_interval):
+        if self.config.eval_interval and self._due(done, self.config.eval_interval):
             started = time.perf_counter()
             with self.heartbeat.phase("validation"):
                 metrics |= self.validation_metrics()

@@ -1,56 +1,36 @@
 """The life of a run: folder, data, Ray, workers, the end. One path for laptops and clusters."""
 
-import json
 import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import ray
 
-from arbitor.checkpoint import CHECKPOINTS, newest_checkpoint, read_manifest
 from arbitor.errors import UserError
 from arbitor.modality import BYTE_MODALITIES
-from arbitor.settings import build, read_yaml, write_yaml
+from arbitor.settings import write_yaml
 from data_pipeline.index import index_sources
-from data_pipeline.manifest import changes, manifests_from_json, manifests_to_json
+from data_pipeline.manifest import manifests_to_json
 from data_pipeline.run_data import RunData
 from ray_jobs.attempts import RunFailedError, train_on_ray
 from ray_jobs.config import CONFIG, RunConfig, load_run_config
 from ray_jobs.console import Console
-from ray_jobs.construction import refuse_unbuilt, with_needed_parts
+from ray_jobs.construction import with_needed_parts
 from ray_jobs.heartbeat import Watch
 from ray_jobs.initial_weights import with_pinned_weights
-from ray_jobs.journal import CHANGED, Journal, JournalReader
-from ray_jobs.journal import NAME as JOURNAL
+from ray_jobs.journal import Journal, JournalReader
 from ray_jobs.lease import Lease, refuse_if_in_use
 from ray_jobs.mirror import fetch, mirrored
 from ray_jobs.report import REPORT, closing_figures, write_report
+from ray_jobs.run_folder import announce, check_data, refuse_unwritable, steps_done
 from ray_jobs.stop import StoppedError, StopSignals, warn_of_short_grace
-from ray_jobs.tracking import NOTE, Tracker, flatten, read_note
+from ray_jobs.tracking import Tracker, read_note
 from ray_jobs.worker import DATA_MANIFEST, PROFILE
-
-DATA_CHANGES = "data-changes.jsonl"  # written where a run went on with other data
-
-# A run that goes on may change these keys and sections; everything else decides its bits.
-_MAY_CHANGE = (
-    "steps",
-    "log_interval",
-    "eval_interval",
-    "sample_interval",
-    "save_interval",
-    "save",
-    "keep_checkpoints",
-    "log_slots",
-    "profile",
-)
-_MAY_CHANGE += ("storage", "mirror", "tracking", "scaling.num_workers", "resume", "recovery")
-_MAY_CHANGE += ("data.decode_tasks", "data.max_bad_fraction")
 
 
 def main(job: str, about: str, defaults: Mapping[str, Any]) -> None:
@@ -102,18 +82,6 @@ def run(config: RunConfig) -> None:
     print(closing_lines(config, tracking_uri))
 
 
-def refuse_unwritable(folder: Path) -> None:
-    """Raises UserError where the run could not write; `folder` need not be there yet."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        place = folder if folder.exists() else folder.parent
-        problem = "" if os.access(place, os.W_OK, effective_ids=True) else "may not be written to"
-    except OSError as error:
-        problem = f"{error.filename}: {error.strerror}"
-    if problem:
-        raise UserError(f"{folder}: {problem}; mend it, or give another storage=FOLDER")
-
-
 @contextmanager
 def held(folder: Path, after_step: int) -> Iterator[dict[str, Any]]:
     """Makes the run's folder and holds its lease; gives the holder's name."""
@@ -151,69 +119,6 @@ def say_finished(config: RunConfig, done: int) -> None:
         Tracker(config).finish("FINISHED")
 
 
-def announce(config: RunConfig, done: int) -> None:
-    """Says what a folder that was used before means.
-
-    A run that saves nothing starts over in it, and so does one whose configuration was mended
-    before its first step.
-    """
-    path = config.folder / CONFIG
-    mended = path.exists() and changes_of(
-        configuration_there(config.folder), dict(flatten(config.values()))
-    )
-    if not config.save or mended:
-        for name in (JOURNAL, NOTE):
-            (config.folder / name).unlink(missing_ok=True)
-    if path.exists() and (before := read_yaml(path)["steps"]) != config.steps:
-        note_change(config, f"{config.steps} steps instead of {before}")
-    last = max((record.step for record in JournalReader(config.folder).read()), default=0)
-    if last > done:
-        print(f"resuming after step {done}; steps {done + 1} to {last} are in the journal already")
-    elif done:
-        print(f"resuming after step {done}")
-
-
-def note_change(config: RunConfig, what: str) -> None:
-    """Steps that are replayed from here on may differ from what is recorded of them."""
-    with closing(Journal(config.folder)) as journal:
-        journal.note(f"{CHANGED} with {what}")
-
-
-def steps_done(config: RunConfig) -> int:
-    """How far the run in this folder is; refuses a folder where another configuration trained."""
-    if not has_trained(config.folder):
-        return 0
-    before, now = configuration_there(config.folder), dict(flatten(config.values()))
-    refuse_unbuilt(before, now, str(config.folder))
-    if changed := changes_of(before, now):
-        raise UserError(
-            f"{config.folder}: holds a run of another configuration ({'; '.join(changed)});"
-            " give --run another name, or delete the folder"
-        )
-    newest = newest_checkpoint(config.folder / CHECKPOINTS)
-    return read_manifest(newest).step if newest else 0
-
-
-def has_trained(folder: Path) -> bool:
-    """Whether a run of this folder recorded a step or saved a checkpoint."""
-    traces = chain((folder / CHECKPOINTS).glob("step-*"), JournalReader(folder).read())
-    return (folder / CONFIG).exists() and any(True for _ in traces)
-
-
-def configuration_there(folder: Path) -> dict[str, Any]:
-    """The flattened configuration of the folder's last attempt."""
-    return dict(flatten(build(RunConfig, read_yaml(folder / CONFIG)).values()))
-
-
-def changes_of(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between flattened configurations and makes another run."""
-    return [
-        f"{key} {before.get(key)!r} -> {now.get(key)!r}"
-        for key in sorted(before | now)
-        if before.get(key) != now.get(key) and not key.startswith(_MAY_CHANGE)
-    ]
-
-
 def end_with_data(config: RunConfig, data: RunData) -> RunConfig:
     """The same run, ending where sources that must not repeat any more leave it without data."""
     end = data.plan.end
@@ -226,27 +131,6 @@ def end_with_data(config: RunConfig, data: RunData) -> RunConfig:
         return config
     print(f"data.sources: max_epochs is reached after step {end}; the run ends there")
     return replace(config, steps=end)
-
-
-def check_data(config: RunConfig, data: RunData) -> None:
-    """Refuses to go on with other data than the newest checkpoint's, or says that it does."""
-    newest = newest_checkpoint(config.folder / CHECKPOINTS)
-    if newest is None:
-        return
-    checkpoint = read_manifest(newest)
-    if checkpoint.plan_fingerprint == data.fingerprint:
-        return
-    before = manifests_from_json((config.folder / DATA_MANIFEST).read_text())
-    found = changes(before, data.manifests) or ["another version of the program plans otherwise"]
-    if not config.resume.allow_changed_data:
-        raise UserError(
-            f"{config.folder}: its data changed since step {checkpoint.step} ({'; '.join(found)});"
-            " restore it, give --run another name, or set resume.allow_changed_data=true"
-        )
-    print(f"going on after step {checkpoint.step} with changed data: {'; '.join(found)}")
-    note_change(config, "other data")
-    with open(config.folder / DATA_CHANGES, "a") as file:
-        file.write(json.dumps({"after_step": checkpoint.step, "changes": found}) + "\n")
 
 
 @contextmanager

@@ -13,9 +13,10 @@ from typing import Any
 from ray_jobs.config import RunConfig
 from ray_jobs.journal import JournalReader, Record
 from ray_jobs.report import REPORT
-from ray_jobs.samples import FOLDER as SAMPLES
+from ray_jobs.samples import SAMPLES
 
-NOTE = "mlflow.json"  # in the run folder: which MLflow run is this one's, and how it ended there
+# In the run folder: which MLflow run is this one's, and how it ended there.
+MLFLOW_FILE = "mlflow.json"
 
 _BATCH = 1000  # MLflow takes at most this many metrics in a call
 _PARAMS = 100  # and this many parameters
@@ -168,12 +169,12 @@ class Tracker:
 
     def _write_note(self, status: str) -> None:
         values = {"run_id": self._run_id, "tracking_uri": self.uri, "status": status}
-        (self._config.folder / NOTE).write_text(json.dumps(values) + "\n")
+        (self._config.folder / MLFLOW_FILE).write_text(json.dumps(values) + "\n")
 
 
 def read_note(config: RunConfig) -> dict[str, str]:
     """The run's id, store and status in MLflow; empty before MLflow knows of it."""
-    path = config.folder / NOTE
+    path = config.folder / MLFLOW_FILE
     return json.loads(path.read_text()) if path.exists() else {}
 
 

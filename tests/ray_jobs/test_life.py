@@ -79,7 +79,7 @@ class Trouble(threading.Thread):
 
     def __init__(self, config, *acts, since=0):
         super().__init__(daemon=True)
-        self._beat = config.folder / heartbeat.FOLDER / "0.json"
+        self._beat = config.folder / heartbeat.HEARTBEATS / "0.json"
         self._reader, self._acts, self._since = JournalReader(config.folder), acts, since
         self._step = max((record.step for record in self._reader.read()), default=0)
         self.start()
@@ -309,7 +309,7 @@ def test_a_worker_without_steps_is_killed_but_not_while_it_saves(ray_head, tmp_p
     def write(**values):
         replace_text(path, json.dumps(beat | {"time": time.time()} | values))
 
-    path = tmp_path / heartbeat.FOLDER / "0.json"
+    path = tmp_path / heartbeat.HEARTBEATS / "0.json"
     path.parent.mkdir()
     write()
     watch = heartbeat.Watch(tmp_path, step_timeout_s=0.5)

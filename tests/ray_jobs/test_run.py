@@ -28,6 +28,7 @@ from ray_jobs.config import Resume, RunConfig
 from ray_jobs.construction import with_needed_parts
 from ray_jobs.journal import JournalReader
 from ray_jobs.run import run
+from ray_jobs.slots import logged_slots
 from ray_jobs.worker import open_run_data
 from tests.data_pipeline.shards import numbered_rows, write_jsonl
 
@@ -99,14 +100,6 @@ def hashes(tensors):
     return {n: hashlib.sha256(t.numpy().tobytes()).hexdigest() for n, t in tensors.items()}
 
 
-def logged_slots(config):
-    """By rank what its workers wrote down of their slots."""
-    return {
-        int(path.stem.removeprefix("slots-")): list(map(json.loads, path.read_text().splitlines()))
-        for path in config.folder.glob("slots-*.jsonl")
-    }
-
-
 def test_one_and_two_workers_end_with_the_same_bits(one_worker, two_workers):
     one, two = hashes(final_tensors(one_worker)), hashes(final_tensors(two_workers))
     assert one == two
@@ -155,7 +148,7 @@ def test_losses_do_not_depend_on_the_number_of_workers(one_worker, two_workers):
 @pytest.mark.parametrize("workers", ["one_worker", "two_workers"])
 def test_every_slot_is_computed_once_and_its_rows_are_the_plans(workers, request):
     config = request.getfixturevalue(workers)
-    logged = logged_slots(config)
+    logged, _ = logged_slots(config.folder)
     for rank, slots in logged.items():
         assert all(slot["slot"] % len(logged) == rank for slot in slots)
     seen = sorted(
@@ -251,9 +244,8 @@ def test_an_unfinished_run_resumes_on_other_workers_to_the_same_bits(
     go_on_after(two_workers, 15, num_workers=3)
     assert "resuming after step 15; steps 16 to 20 are in the journal" in capsys.readouterr().out
     assert hashes(final_tensors(two_workers)) == hashes(final_tensors(one_worker))
-    replayed = {
-        rank: [(s["step"], s["slot"]) for s in x] for rank, x in logged_slots(two_workers).items()
-    }
+    logged, _ = logged_slots(two_workers.folder)
+    replayed = {rank: [(s["step"], s["slot"]) for s in slots] for rank, slots in logged.items()}
     assert replayed == {
         rank: [(step, slot) for step in range(15, 20) for slot in (rank, rank + 3)]
         for rank in range(3)
@@ -272,7 +264,7 @@ def test_a_run_that_grows_and_shrinks_ends_with_the_bits_of_one_worker(one_worke
     expected = hashes(final_tensors(one_worker))
     for step, workers in ((5, 2), (10, 3), (10, 4), (15, 2), (15, 1)):
         go_on_after(config, step, num_workers=workers)
-        assert len(logged_slots(config)) == workers
+        assert len(logged_slots(config.folder)[0]) == workers
         assert hashes(final_tensors(config)) == expected, workers
 
 

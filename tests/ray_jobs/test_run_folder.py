@@ -11,8 +11,9 @@ from arbitor.settings import build, write_yaml
 from ray_jobs.config import CONFIG, RunConfig
 from ray_jobs.construction import with_needed_parts
 from ray_jobs.journal import Journal
-from ray_jobs.run import announce, run, steps_done
-from ray_jobs.tracking import NOTE
+from ray_jobs.run import run
+from ray_jobs.run_folder import announce, steps_done
+from ray_jobs.tracking import MLFLOW_FILE
 
 
 def make_config(storage, name):
@@ -27,7 +28,7 @@ def failed(tmp_path):
     config = make_config(tmp_path, "failed")
     config.folder.mkdir(parents=True)
     (config.folder / CONFIG).write_text(write_yaml(config.values()))
-    (config.folder / NOTE).write_text('{"run_id": "1", "status": "FAILED"}')
+    (config.folder / MLFLOW_FILE).write_text('{"run_id": "1", "status": "FAILED"}')
     with closing(Journal(config.folder)) as journal:
         journal.begin(0, "driver")
     return config
@@ -37,13 +38,13 @@ def test_before_the_first_step_the_configuration_may_be_mended(failed):
     mended = replace(failed, seed=failed.seed + 1)
     assert steps_done(mended) == 0
     announce(mended, 0)
-    assert not (failed.folder / NOTE).exists()  # its MLflow run has other parameters
+    assert not (failed.folder / MLFLOW_FILE).exists()  # its MLflow run has other parameters
 
 
 def test_the_same_configuration_keeps_its_mlflow_run(failed):
     assert steps_done(failed) == 0
     announce(failed, 0)
-    assert (failed.folder / NOTE).exists()
+    assert (failed.folder / MLFLOW_FILE).exists()
 
 
 def test_after_the_first_step_it_may_not(failed):
