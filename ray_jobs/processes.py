@@ -26,7 +26,7 @@ def is_running(process: dict[str, Any]) -> bool:
     """Whether that process, of this place, lives; another one may have its number by now."""
     try:
         state, started = _state(process["pid"])
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the latter where it ends meanwhile
         return False
     return started == process["started"] and state not in ("Z", "X")
 
@@ -35,7 +35,10 @@ def end(process: dict[str, Any]) -> bool:
     """Kills that process of this place; False where it had ended before."""
     if not is_running(process):
         return False
-    os.kill(process["pid"], signal.SIGKILL)
+    try:
+        os.kill(process["pid"], signal.SIGKILL)
+    except ProcessLookupError:
+        return False
     return True
 
 

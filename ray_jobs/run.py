@@ -136,7 +136,7 @@ def end_with_data(config: RunConfig, data: RunData) -> RunConfig:
 @contextmanager
 def watched(config: RunConfig) -> Iterator[None]:
     """Workers that give no sign of life, or make no step, are killed meanwhile."""
-    watch = Watch(config.folder, config.recovery.step_timeout_s)
+    watch = Watch(config.folder, config.recovery.step_timeout_s, config.scaling.min_workers)
     try:
         yield
     finally:
