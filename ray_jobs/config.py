@@ -216,10 +216,21 @@ def read_run_config(path: Path) -> RunConfig:
     """The configuration of the run whose folder, or whose checkpoint's folder, `path` is."""
     for folder in (path, path.absolute().parent.parent):
         if (folder / CONFIG).is_file():
-            config = build(RunConfig, read_yaml(folder / CONFIG))
+            config = read_config_file(folder / CONFIG)
             folder = folder.absolute()  # it may have been moved
             return replace(config, storage=str(folder.parent), name=folder.name)
     raise UserError(f"{path}: no {CONFIG} of a run there; give a run's folder")
+
+
+def read_config_file(path: Path) -> RunConfig:
+    """The configuration that a run wrote down."""
+    values = read_yaml(path)
+    if "name" not in values:
+        raise UserError(
+            f"{path}: is empty or cut off; write `config` of a checkpoint's manifest.json into it"
+            " or, without a checkpoint, delete the folder"
+        )
+    return build(RunConfig, values)
 
 
 def _folder(key: str, path: Any, in_job: bool) -> str:

@@ -103,6 +103,10 @@ class Journal:
         self._file.write(json.dumps(asdict(line)) + "\n")
         self._file.flush()
 
+    def sync(self) -> None:
+        """All lines so far outlast a loss of power."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         self._file.close()
 

@@ -46,10 +46,17 @@ def describe(process: dict[str, Any]) -> str:
     return f"process {process['pid']} on {process['host']}"
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Whoever reads the file finds the text before or this one, whole."""
+def replace_text(path: Path, text: str, *, durable: bool = False) -> None:
+    """Whoever reads the file finds the text before or this one, whole.
+
+    `durable`: also after a loss of power. A heartbeat does without: it must not wait for the disk.
+    """
     partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(text)
+    with open(partial, "w") as file:
+        file.write(text)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
     partial.replace(path)
 
 

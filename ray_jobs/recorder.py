@@ -153,6 +153,7 @@ class Recorder:
     def save(self, done: int) -> None:
         """Begins a checkpoint; the last one is written when `close` returns."""
         with self.heartbeat.phase("save"):
+            self.journal.sync()  # what a checkpoint goes on from is never recorded again
             before = self.checkpoints.save(
                 self.model.state_dict(),
                 step=done,

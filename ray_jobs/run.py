@@ -26,6 +26,7 @@ from ray_jobs.initial_weights import with_pinned_weights
 from ray_jobs.journal import Journal, JournalReader
 from ray_jobs.lease import Lease, refuse_if_in_use
 from ray_jobs.mirror import fetch, mirrored
+from ray_jobs.processes import replace_text
 from ray_jobs.report import REPORT, closing_figures, write_report
 from ray_jobs.run_folder import announce, check_data, refuse_unwritable, steps_done
 from ray_jobs.stop import StoppedError, StopSignals, warn_of_short_grace
@@ -74,8 +75,8 @@ def run(config: RunConfig) -> None:
         check_data(config, data)
         announce(config, done)
         warn_of_short_grace(config.folder)
-        (config.folder / CONFIG).write_text(write_yaml(config.values()))
-        (config.folder / DATA_MANIFEST).write_text(manifests_to_json(manifests))
+        replace_text(config.folder / CONFIG, write_yaml(config.values()), durable=True)
+        replace_text(config.folder / DATA_MANIFEST, manifests_to_json(manifests), durable=True)
         with closing(Journal(config.folder)) as journal:
             journal.begin(done, "driver")
         tracking_uri = train_and_track(config, holder)
@@ -105,8 +106,12 @@ def train_and_track(config: RunConfig, holder: dict[str, Any]) -> str:
             status = "FINISHED" if done >= config.steps else "KILLED"
         finally:
             console.finish()
-            write_report(config)
-            tracker.finish(status)
+            try:
+                write_report(config)
+            except OSError as error:
+                print(f"{config.folder}: report not written ({error})")
+            finally:
+                tracker.finish(status)
     if status == "KILLED":
         raise StoppedError(signals.received, done)
     return tracker.uri

@@ -10,10 +10,10 @@ from typing import Any
 
 from arbitor.checkpoint import CHECKPOINTS, newest_checkpoint, read_manifest
 from arbitor.errors import UserError
-from arbitor.settings import build, read_yaml
+from arbitor.settings import read_yaml
 from data_pipeline.manifest import changes, manifests_from_json
 from data_pipeline.run_data import RunData
-from ray_jobs.config import CONFIG, RunConfig
+from ray_jobs.config import CONFIG, RunConfig, read_config_file
 from ray_jobs.construction import refuse_unbuilt
 from ray_jobs.journal import CHANGED, JOURNAL, Journal, JournalReader
 from ray_jobs.tracking import MLFLOW_FILE, flatten
@@ -78,7 +78,7 @@ def has_trained(folder: Path) -> bool:
 
 def configuration_there(folder: Path) -> dict[str, Any]:
     """The flattened configuration of the folder's last attempt."""
-    return dict(flatten(build(RunConfig, read_yaml(folder / CONFIG)).values()))
+    return dict(flatten(read_config_file(folder / CONFIG).values()))
 
 
 def changes_of(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
