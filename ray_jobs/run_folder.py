@@ -95,37 +95,44 @@ def _may_change(key: str) -> bool:
 
 
 def check_data(config: RunConfig, data: RunData) -> None:
-    """Refuses to go on with other data than the newest checkpoint's, or says that it does."""
+    """Refuses to go on with other data than the newest checkpoint's, or says that it does.
+
+    Without a checkpoint the steps that the journal has are done again, with the data that they had.
+    """
     newest = newest_checkpoint(config.folder / CHECKPOINTS)
-    if newest is None:
+    if newest is None and not (config.save and has_trained(config.folder)):
         return
-    checkpoint = read_manifest(newest)
-    if checkpoint.plan_fingerprint == data.fingerprint:
+    checkpoint = read_manifest(newest) if newest else None
+    if checkpoint and checkpoint.plan_fingerprint == data.fingerprint:
         return
+    step = checkpoint.step if checkpoint else 0
     before = manifests_from_json((config.folder / DATA_MANIFEST).read_text())
+    recorded = RunData(config.data, before, config.seed)
+    if checkpoint is None and recorded.fingerprint == data.fingerprint:
+        return
     found = changes(before, data.manifests) or ["another version of the program plans otherwise"]
     if not config.resume.allow_changed_data:
         raise UserError(
-            f"{config.folder}: its data changed since step {checkpoint.step} ({'; '.join(found)});"
+            f"{config.folder}: its data changed since step {step} ({'; '.join(found)});"
             " restore it, give --run another name, or set resume.allow_changed_data=true"
         )
-    print(f"going on after step {checkpoint.step} with changed data: {'; '.join(found)}")
+    print(f"going on after step {step} with changed data: {'; '.join(found)}")
     note_change(config, "other data")
     with open(config.folder / DATA_CHANGES, "a") as file:
-        file.write(json.dumps({"after_step": checkpoint.step, "changes": found}) + "\n")
+        file.write(json.dumps({"after_step": step, "changes": found}) + "\n")
 
 
 def announce(config: RunConfig, done: int) -> None:
     """Says what a folder that was used before means.
 
-    A run that saves nothing starts over in it, and so does one whose configuration was mended
-    before its first step.
+    A run without a checkpoint that saves nothing starts over in it, and so does one whose
+    configuration was mended before its first step.
     """
     path = config.folder / CONFIG
     mended = path.exists() and changes_of(
         configuration_there(config.folder), dict(flatten(config.values()))
     )
-    if not config.save or mended:
+    if done == 0 and (not config.save or mended):
         for name in (JOURNAL, MLFLOW_FILE):
             (config.folder / name).unlink(missing_ok=True)
     if path.exists() and (before := read_yaml(path)["steps"]) != config.steps:
