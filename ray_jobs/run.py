@@ -30,7 +30,7 @@ from ray_jobs.processes import replace_text
 from ray_jobs.report import REPORT, closing_figures, write_report
 from ray_jobs.run_folder import announce, check_data, refuse_unwritable, steps_done
 from ray_jobs.stop import StoppedError, StopSignals, warn_of_short_grace
-from ray_jobs.tracking import Tracker, read_note
+from ray_jobs.tracking import Tracker, read_note, tracking_uri
 from ray_jobs.worker import DATA_MANIFEST, PROFILE
 
 
@@ -79,8 +79,8 @@ def run(config: RunConfig) -> None:
         replace_text(config.folder / DATA_MANIFEST, manifests_to_json(manifests), durable=True)
         with closing(Journal(config.folder)) as journal:
             journal.begin(done, "driver")
-        tracking_uri = train_and_track(config, holder)
-    print(closing_lines(config, tracking_uri))
+        train_and_track(config, holder)
+    print(closing_lines(config))
 
 
 @contextmanager
@@ -94,8 +94,8 @@ def held(folder: Path, after_step: int) -> Iterator[dict[str, Any]]:
         lease.release()
 
 
-def train_and_track(config: RunConfig, holder: dict[str, Any]) -> str:
-    """Trains with console and MLflow beside it; where MLflow's store is."""
+def train_and_track(config: RunConfig, holder: dict[str, Any]) -> None:
+    """Trains with console and MLflow beside it."""
     console, tracker = Console(config), Tracker(config)
     status = "FAILED"
     with StopSignals(config.folder) as signals:
@@ -114,7 +114,6 @@ def train_and_track(config: RunConfig, holder: dict[str, Any]) -> str:
                 tracker.finish(status)
     if status == "KILLED":
         raise StoppedError(signals.received, done)
-    return tracker.uri
 
 
 def say_finished(config: RunConfig, done: int) -> None:
@@ -167,7 +166,7 @@ def ray_cluster(config: RunConfig) -> Iterator[None]:
         ray.shutdown()
 
 
-def closing_lines(config: RunConfig, tracking_uri: str) -> str:
+def closing_lines(config: RunConfig) -> str:
     """Where the run went and how to look at it."""
     records = list(JournalReader(config.folder).read())
     first, last = records[0].metrics, records[-1].metrics
@@ -184,5 +183,5 @@ def closing_lines(config: RunConfig, tracking_uri: str) -> str:
     if config.profile:
         lines.append(f"profile:    {config.folder / PROFILE}")
     lines.append(f"report:     {config.folder / REPORT}")
-    lines.append(f"dashboard:  mlflow ui --backend-store-uri {tracking_uri}")
+    lines.append(f"dashboard:  mlflow ui --backend-store-uri {tracking_uri(config)}")
     return "\n".join(lines)
