@@ -113,6 +113,8 @@ class Mirror:
     def _send(self) -> None:
         store, root = _open(self._config)
         files = self._files()
+        if not self._sent:
+            self._recall(store, root, files)
         for name, version in files.items():
             if self._sent.get(name) != version:
                 target = f"{root}/{name}"
@@ -123,6 +125,19 @@ class Mirror:
                     continue
                 self._sent[name] = version
         self._drop_old(store, root, files)
+
+    def _recall(
+        self, store: fs.FileSystem, root: str, files: Mapping[str, tuple[int, int]]
+    ) -> None:
+        """An earlier start has sent the checkpoints whose manifest, sent last, is there."""
+        for name in set(_listed(store, root)) & files.keys():
+            folder, _, file = name.rpartition("/")
+            if file == MANIFEST:
+                with store.open_input_stream(f"{root}/{name}") as stream:
+                    is_same = stream.read() == (self._folder / name).read_bytes()
+                if is_same:
+                    own = {k: v for k, v in files.items() if k.startswith(f"{folder}/")}
+                    self._sent |= own
 
     def _drop_old(self, store: fs.FileSystem, root: str, files: Mapping[str, Any]) -> None:
         """Drops checkpoints that this disk has replaced by later ones: not those that it lost."""

@@ -59,11 +59,12 @@ def exit_with_message(work: Callable[[], Any]) -> None:
 
 def run(config: RunConfig) -> None:
     """Trains to the last step, or goes on with an unfinished run of the same configuration."""
-    config = with_pinned_weights(with_needed_parts(config))
+    config = with_needed_parts(config)
     refuse_unwritable(config.folder)
     refuse_if_in_use(config.folder)
     fetch(config)
     done = steps_done(config)
+    config = with_pinned_weights(config)
     if done >= config.steps:
         return say_finished(config, done)
     manifests = index_sources(config.data, storage=config.folder.parent)
@@ -117,10 +118,12 @@ def train_and_track(config: RunConfig, holder: dict[str, Any]) -> None:
 
 
 def say_finished(config: RunConfig, done: int) -> None:
-    """There is nothing to train; what MLflow has not taken yet is sent again."""
+    """There is nothing to train; what MLflow and the mirror have not taken yet is sent again."""
     print(f"run {config.name} is finished: {done} steps in {config.folder}")
-    if read_note(config).get("status") != "FINISHED":
-        Tracker(config).finish("FINISHED")
+    with mirrored(config):
+        note = read_note(config)
+        if (note.get("status"), note.get("tracking_uri")) != ("FINISHED", tracking_uri(config)):
+            Tracker(config).finish("FINISHED")
 
 
 def end_with_data(config: RunConfig, data: RunData) -> RunConfig:
