@@ -29,6 +29,7 @@ from ray_jobs.mirror import fetch, mirrored
 from ray_jobs.processes import replace_text
 from ray_jobs.report import REPORT, closing_figures, write_report
 from ray_jobs.run_folder import announce, check_data, refuse_unwritable, steps_done
+from ray_jobs.scaling import check_gpus
 from ray_jobs.stop import StoppedError, StopSignals, warn_of_short_grace
 from ray_jobs.tracking import Tracker, read_note, tracking_uri
 from ray_jobs.worker import DATA_MANIFEST, PROFILE
@@ -63,8 +64,8 @@ def run(config: RunConfig) -> None:
     refuse_unwritable(config.folder)
     refuse_if_in_use(config.folder)
     fetch(config)
-    done = steps_done(config)
     config = with_pinned_weights(config)
+    done = steps_done(config)
     if done >= config.steps:
         return say_finished(config, done)
     manifests = index_sources(config.data, storage=config.folder.parent)
@@ -154,16 +155,18 @@ def watched(config: RunConfig) -> Iterator[None]:
 def ray_cluster(config: RunConfig) -> Iterator[None]:
     """The cluster that this process is in or that RAY_ADDRESS names; else one on this machine."""
     if ray.is_initialized():
+        check_gpus(config.scaling, ray.cluster_resources(), can_grow=True)
         yield
         return
     # Below errors Ray tells of its own set-up, which is not the user's business.
     options = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if os.environ.get("RAY_ADDRESS"):
+    if can_grow := bool(os.environ.get("RAY_ADDRESS")):
         ray.init(**options)
     else:
         cpus = max(os.cpu_count() or 1, config.scaling.min_workers)
         ray.init("local", num_cpus=cpus, include_dashboard=False, **options)
     try:
+        check_gpus(config.scaling, ray.cluster_resources(), can_grow=can_grow)
         yield
     finally:
         ray.shutdown()
