@@ -202,10 +202,9 @@ def load_run_config(
     for flag, value in vars(options).items():
         if value is not None and flag != "words":
             _apply_flag(values, "--" + flag.replace("_", "-"), value)
-    encoder = (values.get("model") or {}).get("image_encoder")
-    if encoder:
-        values["model"]["image_encoder"] = str(Path(str(encoder)).absolute())
     in_job = IN_JOB in os.environ if in_job is None else in_job
+    if encoder := (values.get("model") or {}).get("image_encoder"):
+        values["model"]["image_encoder"] = _absolute("model.image_encoder", encoder, in_job)
     values["storage"] = _folder("storage", values.get("storage") or RunConfig.storage, in_job)
     if values.get("init_from"):
         values["init_from"] = _folder("init_from", values["init_from"], in_job)
@@ -234,19 +233,23 @@ def read_config_file(path: Path) -> RunConfig:
 
 
 def _folder(key: str, path: Any, in_job: bool) -> str:
-    """The absolute path; refuses one that would be in the job's copy of the working directory."""
-    path = str(path)
-    if "://" in path:
+    if "://" in str(path):
         raise UserError(
             f"{key}: {path} is not a folder; give a path that every node mounts, and"
             " mirror=s3://... for a copy in an object store"
         )
-    if in_job and not Path(path).is_absolute():
+    return _absolute(key, path, in_job)
+
+
+def _absolute(key: str, given: Any, in_job: bool) -> str:
+    """The absolute path; refuses one that would be in the job's copy of the working directory."""
+    path = Path(os.path.expanduser(str(given)))
+    if in_job and not path.is_absolute():
         raise UserError(
             f"{key}: {path} would vanish with the job's working directory; give an absolute path"
             f" that every node mounts: {key}=/mnt/{path}"
         )
-    return str(Path(path).absolute())
+    return str(path.absolute())
 
 
 class _Parser(argparse.ArgumentParser):
