@@ -18,7 +18,7 @@ from ray_jobs.config import CONFIG, Resume, RunConfig
 from ray_jobs.construction import with_needed_parts
 from ray_jobs.journal import Journal, JournalReader
 from ray_jobs.run import run
-from ray_jobs.run_folder import announce, check_data, steps_done
+from ray_jobs.run_folder import announce, changes_of, check_data, steps_done
 from ray_jobs.tracking import MLFLOW_FILE
 from ray_jobs.worker import DATA_MANIFEST
 from tests.data_pipeline.shards import numbered_rows, write_jsonl
@@ -106,6 +106,12 @@ def test_after_the_first_step_it_may_not(failed):
         journal.append(1, {"loss/total": 1.0})
     with pytest.raises(UserError, match=r"another configuration \(seed 0 -> 1\)"):
         steps_done(replace(failed, seed=failed.seed + 1))
+
+
+def test_a_key_may_change_only_by_its_whole_name():
+    before = {"steps": 1, "steps_of_another_kind": 1, "tracking.uri": "a"}
+    now = {"steps": 2, "steps_of_another_kind": 2, "tracking.uri": "b"}
+    assert changes_of(before, now) == ["steps_of_another_kind 1 -> 2"]
 
 
 @pytest.fixture
