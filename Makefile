@@ -2,13 +2,17 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: smoke test check chaos
+.PHONY: smoke test slow check chaos
 
 smoke: .venv/ready
 	$(BIN)/python -m ray_jobs.smoke
 
 test: .venv/ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The long ones, which `test` leaves out: whole runs that are killed, stopped and resized.
+slow: .venv/ready
+	$(BIN)/python -m pytest -m slow
 
 # About an hour on two cores: processes of a run are killed 200 times; it must end as if none was.
 chaos: .venv/ready

@@ -11,6 +11,9 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
+
+from arbitor.errors import UserError
 
 FOLDER = "owners"  # in a run's folder
 
@@ -32,7 +35,7 @@ class Owner:
 def read_owners(run: Path) -> list[Owner]:
     """By token; the last is the present one."""
     paths = sorted((run / FOLDER).glob("*.json"))
-    return [Owner(**json.loads(path.read_text())) for path in paths]
+    return [_read(path) for path in paths]
 
 
 def add_owner(
@@ -42,14 +45,16 @@ def add_owner(
     owner = Owner(previous.token + 1 if previous else 1, role, after_step, holder)
     final = _path(run, owner.token)
     final.parent.mkdir(exist_ok=True)
-    partial = final.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(asdict(owner)) + "\n")
+    partial = final.with_suffix(f".{uuid4().hex}")
     try:
+        partial.write_text(json.dumps(asdict(owner)) + "\n")
+        _fsync(partial)
         os.link(partial, final)  # fails where a rename would replace
+        _fsync(final.parent)
     except FileExistsError:
         raise SupersededError(f"{run}: another process took it over") from None
     finally:
-        partial.unlink()
+        partial.unlink(missing_ok=True)
     return owner
 
 
@@ -60,6 +65,24 @@ def is_superseded(run: Path, token: int) -> bool:
 def is_accepted(owners: list[Owner], token: int, step: int) -> bool:
     """Whether a checkpoint of that owner counts: no later owner began before its step."""
     return all(owner.after_step >= step for owner in owners if owner.token > token)
+
+
+def _read(path: Path) -> Owner:
+    try:
+        return Owner(**json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{path}: names no owner ({error}), as after a loss of power; delete it once no process"
+            " trains this run"
+        ) from error
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _path(run: Path, token: int) -> Path:

@@ -32,7 +32,7 @@ from benchmarks.timing import environment
 from ray_jobs.config import RunConfig, load_run_config
 from ray_jobs.journal import JournalReader
 from ray_jobs.processes import replace_text
-from ray_jobs.smoke import CONFIG
+from ray_jobs.smoke import SMOKE_YAML
 
 SAVE_INTERVAL = 5
 OVERRIDES = (
@@ -145,7 +145,7 @@ class Run:
     """A run of the command, started as often as needed."""
 
     def __init__(self, options: argparse.Namespace, storage: Path):
-        arguments = [str(CONFIG), *OVERRIDES, f"storage={storage}", "--run", "chaos"]
+        arguments = [str(SMOKE_YAML), *OVERRIDES, f"storage={storage}", "--run", "chaos"]
         arguments += [f"scaling.num_workers={options.workers}", f"steps={options.steps}"]
         arguments += [f"save_interval={SAVE_INTERVAL}"]
         self._command = [sys.executable, "-m", "ray_jobs.pretrain", *arguments]

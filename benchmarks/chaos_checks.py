@@ -1,14 +1,15 @@
 """Two runs of the same configuration compared: bits, rows, journal, MLflow."""
 
-import json
 from collections import Counter
-from typing import Any, NamedTuple
+from itertools import chain
+from typing import NamedTuple
 
 from mlflow.tracking import MlflowClient
 
 from arbitor.checkpoint import CHECKPOINTS, load_checkpoint, newest_checkpoint
 from ray_jobs.config import RunConfig
 from ray_jobs.journal import JournalReader
+from ray_jobs.slots import logged_slots
 from ray_jobs.tracking import read_note
 
 Place = tuple[int, int]  # step, slot
@@ -65,11 +66,11 @@ def compare_rows(
     calm: RunConfig, wild: RunConfig, faults: list[str], *, has_ended: bool = True
 ) -> tuple[int, int, int, int]:
     """Slots of the plan, slots logged, slots logged again, torn lines."""
-    calm_entries, calm_torn = logged_slots(calm)
+    calm_entries, calm_torn = seen_slots(calm)
     expected = dict(calm_entries)
     if calm_torn or not len(calm_entries) == len(expected) == _num_slots(calm):
         faults.append("the undisturbed run did not log each slot once")
-    entries, torn = logged_slots(wild)
+    entries, torn = seen_slots(wild)
     others = [place for place, seen in entries if expected.get(place) != seen]
     if others:
         faults.append(f"{len(others)} slots had other rows, {others[0]} among them")
@@ -84,18 +85,13 @@ def _num_slots(config: RunConfig) -> int:
     return config.steps * config.data.slots_per_step
 
 
-def logged_slots(config: RunConfig) -> tuple[list[tuple[Place, Seen]], int]:
+def seen_slots(config: RunConfig) -> tuple[list[tuple[Place, Seen]], int]:
     """All that workers wrote down, replays included, and how many lines a kill has torn."""
-    entries, torn = [], 0
-    for path in sorted(config.folder.glob("slots-*.jsonl")):
-        for line in path.read_bytes().splitlines():
-            try:
-                entry: dict[str, Any] = json.loads(line)
-            except ValueError:
-                torn += 1
-                continue
-            seen = (entry["source"], entry["row_ids"], entry["sha256"])
-            entries.append(((entry["step"], entry["slot"]), seen))
+    logged, torn = logged_slots(config.folder)
+    entries = [
+        ((entry["step"], entry["slot"]), (entry["source"], entry["row_ids"], entry["sha256"]))
+        for entry in chain.from_iterable(logged.values())
+    ]
     return entries, torn
 
 

@@ -26,11 +26,11 @@ import ray
 
 from benchmarks.timing import environment
 from ray_jobs.config import load_run_config
-from ray_jobs.heartbeat import FOLDER
+from ray_jobs.heartbeat import HEARTBEATS
 from ray_jobs.journal import JournalReader, Note
 from ray_jobs.recorder import TRAINING_AGAIN
 from ray_jobs.run import run
-from ray_jobs.smoke import CONFIG
+from ray_jobs.smoke import SMOKE_YAML
 from ray_jobs.stop import StoppedError
 
 LONGEST_LIFE_S = 3.0  # after the first checkpoint
@@ -63,7 +63,7 @@ def main() -> None:
 
 def kill_often(storage: Path, kills: int, rng: random.Random) -> list[float]:
     """Starts the run, kills its worker so often, stops the run; the seconds of each restart."""
-    arguments = [str(CONFIG), f"storage={storage}", "--run", "restart", "--steps", "1000000"]
+    arguments = [str(SMOKE_YAML), f"storage={storage}", "--run", "restart", "--steps", "1000000"]
     config = load_run_config("pretrain", [*arguments, "--save-interval", "2"], {}, __doc__)
     killer = Killer(config.folder, kills, rng)
     killer.start()
@@ -86,7 +86,7 @@ class Killer(threading.Thread):
         for number in range(self._kills):
             self._await_note(DURABLE)
             time.sleep(self._rng.uniform(0, LONGEST_LIFE_S))
-            beat = json.loads((self._folder / FOLDER / "0.json").read_text())
+            beat = json.loads((self._folder / HEARTBEATS / "0.json").read_text())
             deque(self._notes.read_lines(), maxlen=0)
             killed = time.time()
             os.kill(beat["process"]["pid"], signal.SIGKILL)

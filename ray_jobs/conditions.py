@@ -42,9 +42,15 @@ def restore(model: ARBModel, checkpoint: Path, config: RunConfig, data: RunData)
     """Loads a checkpoint if data, plan and conditions are those that it was made with."""
     manifest, tensors = load_checkpoint(checkpoint)
     if manifest.plan_fingerprint != data.fingerprint and not config.resume.allow_changed_data:
-        raise UserError(f"{checkpoint}: was made with other data or another plan; cannot go on")
+        raise UserError(
+            f"{checkpoint}: was made with other data or another plan; restore the data, or set"
+            " resume.allow_changed_data=true"
+        )
     now = conditions(config)
     changed = [f"{k} {old} -> {now[k]}" for k, old in manifest.conditions.items() if now[k] != old]
     if changed:
-        raise UserError(f"{checkpoint}: bits would differ here ({'; '.join(changed)})")
+        raise UserError(
+            f"{checkpoint}: bits would differ here ({'; '.join(changed)}); go on where it was made,"
+            f" or begin a new run from it: --run NAME init_from={checkpoint.parent.parent}"
+        )
     model.load_state_dict(tensors)

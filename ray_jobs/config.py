@@ -16,6 +16,7 @@ from arbitor.main import ModelConfig
 from arbitor.modality import MODALITIES
 from arbitor.optimizer import UpdateConfig
 from arbitor.settings import build, parse_value, read_yaml, set_value
+from data_pipeline.command import set_values
 from data_pipeline.schema import DataConfig
 
 
@@ -148,7 +149,7 @@ class RunConfig:
         return asdict(self)
 
 
-_IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the command of a submitted job
+IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the command of a submitted job
 
 CONFIG = "config.yaml"  # in the run's folder: its resolved configuration
 
@@ -200,17 +201,13 @@ def load_run_config(
     if files and "model" in defaults:
         values["model"] = _copy(defaults["model"]) | dict(values.get("model") or {})
     values.setdefault("name", Path(files[0]).stem if files else job)
-    for word in options.words:
-        if "=" in word:
-            path, text = word.split("=", 1)
-            set_value(values, path, parse_value(text))
+    set_values(values, options.words)
     for flag, value in vars(options).items():
         if value is not None and flag != "words":
             _apply_flag(values, "--" + flag.replace("_", "-"), value)
-    encoder = (values.get("model") or {}).get("image_encoder")
-    if encoder:
-        values["model"]["image_encoder"] = str(Path(str(encoder)).absolute())
-    in_job = _IN_JOB in os.environ if in_job is None else in_job
+    in_job = IN_JOB in os.environ if in_job is None else in_job
+    if encoder := (values.get("model") or {}).get("image_encoder"):
+        values["model"]["image_encoder"] = _absolute("model.image_encoder", encoder, in_job)
     values["storage"] = _folder("storage", values.get("storage") or RunConfig.storage, in_job)
     if values.get("init_from"):
         values["init_from"] = _folder("init_from", values["init_from"], in_job)
@@ -221,26 +218,41 @@ def read_run_config(path: Path) -> RunConfig:
     """The configuration of the run whose folder, or whose checkpoint's folder, `path` is."""
     for folder in (path, path.absolute().parent.parent):
         if (folder / CONFIG).is_file():
-            config = build(RunConfig, read_yaml(folder / CONFIG))
+            config = read_config_file(folder / CONFIG)
             folder = folder.absolute()  # it may have been moved
             return replace(config, storage=str(folder.parent), name=folder.name)
     raise UserError(f"{path}: no {CONFIG} of a run there; give a run's folder")
 
 
+def read_config_file(path: Path) -> RunConfig:
+    """The configuration that a run wrote down."""
+    values = read_yaml(path)
+    if "name" not in values:
+        raise UserError(
+            f"{path}: is empty or cut off; write `config` of a checkpoint's manifest.json into it"
+            " or, without a checkpoint, delete the folder"
+        )
+    return build(RunConfig, values)
+
+
 def _folder(key: str, path: Any, in_job: bool) -> str:
-    """The absolute path; refuses one that would be in the job's copy of the working directory."""
-    path = str(path)
-    if "://" in path:
+    if "://" in str(path):
         raise UserError(
             f"{key}: {path} is not a folder; give a path that every node mounts, and"
             " mirror=s3://... for a copy in an object store"
         )
-    if in_job and not Path(path).is_absolute():
+    return _absolute(key, path, in_job)
+
+
+def _absolute(key: str, given: Any, in_job: bool) -> str:
+    """The absolute path; refuses one that would be in the job's copy of the working directory."""
+    path = Path(os.path.expanduser(str(given)))
+    if in_job and not path.is_absolute():
         raise UserError(
             f"{key}: {path} would vanish with the job's working directory; give an absolute path"
             f" that every node mounts: {key}=/mnt/{path}"
         )
-    return str(Path(path).absolute())
+    return str(path.absolute())
 
 
 class _Parser(argparse.ArgumentParser):

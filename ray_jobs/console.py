@@ -1,7 +1,6 @@
 """What a run says on the console: a line per log interval, on a terminal with a bar below them."""
 
 import threading
-import time
 from collections import deque
 
 import rich.console
@@ -20,7 +19,8 @@ class Console:
     def __init__(self, config: RunConfig):
         self._config = config
         self._reader = JournalReader(config.folder)
-        self._started = time.time()
+        for _ in self._reader.read_lines():
+            pass  # from before this start of the run
         self._pace = Pace(config.steps)
         self._console = rich.console.Console(highlight=False, markup=False, soft_wrap=True)
         self._bar = _bar(self._console) if self._console.is_terminal else None
@@ -45,8 +45,6 @@ class Console:
 
     def _print_lines(self) -> None:
         for line in self._reader.read_lines():
-            if line.time < self._started:
-                continue  # from before this start of the run
             if isinstance(line, Note):
                 self._print(line.note)
             if isinstance(line, Record):

@@ -17,7 +17,7 @@ from urllib.parse import quote, unquote
 
 from arbitor.errors import UserError
 from ray_jobs.config import CONFIG, RunConfig, read_run_config
-from ray_jobs.journal import NAME as JOURNAL
+from ray_jobs.journal import JOURNAL
 from ray_jobs.report import report_page
 from ray_jobs.run import exit_with_message
 

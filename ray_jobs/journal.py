@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-NAME = "metrics.jsonl"
+JOURNAL = "metrics.jsonl"
 SAVE_S = "checkpoint/save_s"
 CHANGED = "from here on"  # how a note begins after which steps need not repeat those before it
 _OF_THE_MOMENT = ("throughput/", "checkpoint/", "system/", "run/", "data/")  # do not repeat
@@ -63,7 +63,7 @@ class Journal:
     """
 
     def __init__(self, folder: Path, start: int = 0):
-        path = folder / NAME
+        path = folder / JOURNAL
         _drop_torn_line(path)
         self.last_step = 0
         self._starts: Counter[str] = Counter()
@@ -103,6 +103,10 @@ class Journal:
         self._file.write(json.dumps(asdict(line)) + "\n")
         self._file.flush()
 
+    def sync(self) -> None:
+        """All lines so far outlast a loss of power."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         self._file.close()
 
@@ -111,7 +115,7 @@ class JournalReader:
     """Follows a journal that is still being written; each record is read once."""
 
     def __init__(self, folder: Path):
-        self._path = folder / NAME
+        self._path = folder / JOURNAL
         self._offset = 0
 
     def read(self) -> Iterator[Record]:

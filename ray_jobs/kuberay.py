@@ -68,10 +68,10 @@ def _ray_job(
     environment = {"env_vars": dict(runtime_env["env_vars"])}
     workers = {
         "groupName": "workers",
-        "replicas": config.scaling.num_workers,
-        "minReplicas": config.scaling.num_workers,
-        "maxReplicas": config.scaling.num_workers,
-        "rayStartParams": {},
+        "replicas": config.scaling.max_workers,  # those without room stay pending
+        "minReplicas": config.scaling.min_workers,
+        "maxReplicas": config.scaling.max_workers,
+        "rayStartParams": {"num-cpus": "1"},  # one worker a pod; decode tasks ask for no CPU
         "template": _pod("worker", name, config, cluster),
     }
     return {

@@ -67,7 +67,10 @@ class Lease:
     def release(self) -> None:
         self._released.set()
         self._thread.join()
-        self._beat(ended=True)
+        try:
+            self._beat(ended=True)
+        except OSError as error:
+            print(f"{self._folder}: its lease could not be given back ({error})")
 
     def _work(self) -> None:
         while not self._released.wait(BEAT_S):
@@ -88,4 +91,7 @@ class Lease:
 
 def _read_beat(folder: Path) -> dict[str, Any]:
     path = folder / NAME
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:  # after a loss of power
+        return {"time": path.stat().st_mtime}

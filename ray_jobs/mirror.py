@@ -22,9 +22,9 @@ from arbitor.errors import UserError
 from data_pipeline.files import resolve_place
 from ray_jobs.attempts import RAY
 from ray_jobs.config import CONFIG, RunConfig
-from ray_jobs.heartbeat import FOLDER as HEARTBEATS
+from ray_jobs.heartbeat import HEARTBEATS
 from ray_jobs.stop import LAST_STEP, REQUEST
-from ray_jobs.tracking import NOTE
+from ray_jobs.tracking import MLFLOW_FILE
 
 _LOOK_EVERY_S = 5.0
 _STORE_ERRORS = (OSError, pa.ArrowException)
@@ -72,7 +72,7 @@ class Mirror:
         self._config, self._folder = config, config.folder
         self._stays_here = {RAY, HEARTBEATS, REQUEST, LAST_STEP}
         if not config.tracking.uri:
-            self._stays_here.add(NOTE)  # of a store on the disk that may be lost
+            self._stays_here.add(MLFLOW_FILE)  # of a store on the disk that may be lost
         self._checkpoints: set[Path] = set()  # manifests of those that are sent
         self._sent: dict[str, tuple[int, int]] = {}  # by name in the folder: size and time
         self._failure: BaseException | None = None
@@ -113,6 +113,8 @@ class Mirror:
     def _send(self) -> None:
         store, root = _open(self._config)
         files = self._files()
+        if not self._sent:
+            self._recall(store, root, files)
         for name, version in files.items():
             if self._sent.get(name) != version:
                 target = f"{root}/{name}"
@@ -123,6 +125,19 @@ class Mirror:
                     continue
                 self._sent[name] = version
         self._drop_old(store, root, files)
+
+    def _recall(
+        self, store: fs.FileSystem, root: str, files: Mapping[str, tuple[int, int]]
+    ) -> None:
+        """An earlier start has sent the checkpoints whose manifest, sent last, is there."""
+        for name in set(_listed(store, root)) & files.keys():
+            folder, _, file = name.rpartition("/")
+            if file == MANIFEST:
+                with store.open_input_stream(f"{root}/{name}") as stream:
+                    is_same = stream.read() == (self._folder / name).read_bytes()
+                if is_same:
+                    own = {k: v for k, v in files.items() if k.startswith(f"{folder}/")}
+                    self._sent |= own
 
     def _drop_old(self, store: fs.FileSystem, root: str, files: Mapping[str, Any]) -> None:
         """Drops checkpoints that this disk has replaced by later ones: not those that it lost."""

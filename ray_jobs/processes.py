@@ -26,7 +26,7 @@ def is_running(process: dict[str, Any]) -> bool:
     """Whether that process, of this place, lives; another one may have its number by now."""
     try:
         state, started = _state(process["pid"])
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the latter where it ends meanwhile
         return False
     return started == process["started"] and state not in ("Z", "X")
 
@@ -35,7 +35,10 @@ def end(process: dict[str, Any]) -> bool:
     """Kills that process of this place; False where it had ended before."""
     if not is_running(process):
         return False
-    os.kill(process["pid"], signal.SIGKILL)
+    try:
+        os.kill(process["pid"], signal.SIGKILL)
+    except ProcessLookupError:
+        return False
     return True
 
 
@@ -43,10 +46,17 @@ def describe(process: dict[str, Any]) -> str:
     return f"process {process['pid']} on {process['host']}"
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Whoever reads the file finds the text before or this one, whole."""
+def replace_text(path: Path, text: str, *, durable: bool = False) -> None:
+    """Whoever reads the file finds the text before or this one, whole.
+
+    `durable`: also after a loss of power. A heartbeat does without: it must not wait for the disk.
+    """
     partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(text)
+    with open(partial, "w") as file:
+        file.write(text)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
     partial.replace(path)
 
 

@@ -61,7 +61,7 @@ class Recorder:
         if report.step == self.group.start:
             self.first_step_done()
         metrics = self.step_metrics(report) | self.checkpoint_metrics(self.checkpoints.poll())
-        if self._due(done, self.config.eval_interval):
+        if self.config.eval_interval and self._due(done, self.config.eval_interval):
             started = time.perf_counter()
             with self.heartbeat.phase("validation"):
                 metrics |= self.validation_metrics()
@@ -153,6 +153,7 @@ class Recorder:
     def save(self, done: int) -> None:
         """Begins a checkpoint; the last one is written when `close` returns."""
         with self.heartbeat.phase("save"):
+            self.journal.sync()  # what a checkpoint goes on from is never recorded again
             before = self.checkpoints.save(
                 self.model.state_dict(),
                 step=done,

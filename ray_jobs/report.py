@@ -16,6 +16,7 @@ from ray_jobs.chart import Point, line_chart, share_bar
 from ray_jobs.config import RunConfig, read_run_config
 from ray_jobs.goodput import Goodput, account
 from ray_jobs.journal import JournalReader, Line, Note, Record, Start
+from ray_jobs.processes import replace_text
 
 REPORT = "report.html"  # in the run's folder
 _EVENTS_SHOWN = 200  # the last ones
@@ -45,9 +46,8 @@ def main(words: Sequence[str]) -> None:
 def write_report(config: RunConfig) -> Path:
     """Writes the page of a run into its folder."""
     path = config.folder / REPORT
-    partial = path.with_suffix(".partial")
-    partial.write_text(report_page(config))
-    return partial.rename(path)
+    replace_text(path, report_page(config))
+    return path
 
 
 def closing_figures(config: RunConfig) -> list[str]:

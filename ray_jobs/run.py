@@ -1,56 +1,38 @@
 """The life of a run: folder, data, Ray, workers, the end. One path for laptops and clusters."""
 
-import json
 import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import ray
 
-from arbitor.checkpoint import CHECKPOINTS, newest_checkpoint, read_manifest
 from arbitor.errors import UserError, end_with
 from arbitor.modality import BYTE_MODALITIES
-from arbitor.settings import build, read_yaml, write_yaml
+from arbitor.settings import write_yaml
 from data_pipeline.index import index_sources
-from data_pipeline.manifest import changes, manifests_from_json, manifests_to_json
+from data_pipeline.manifest import manifests_to_json
 from data_pipeline.run_data import RunData
 from ray_jobs.attempts import RunFailedError, train_on_ray
 from ray_jobs.config import CONFIG, RunConfig, load_run_config
 from ray_jobs.console import Console
-from ray_jobs.construction import refuse_unbuilt, with_needed_parts
+from ray_jobs.construction import with_needed_parts
 from ray_jobs.heartbeat import Watch
 from ray_jobs.initial_weights import with_pinned_weights
-from ray_jobs.journal import CHANGED, Journal, JournalReader
-from ray_jobs.journal import NAME as JOURNAL
+from ray_jobs.journal import Journal, JournalReader
 from ray_jobs.lease import Lease, refuse_if_in_use
 from ray_jobs.mirror import fetch, mirrored
+from ray_jobs.processes import replace_text
 from ray_jobs.report import REPORT, closing_figures, write_report
+from ray_jobs.run_folder import announce, check_data, refuse_unwritable, steps_done
+from ray_jobs.scaling import check_gpus
 from ray_jobs.stop import StoppedError, StopSignals, warn_of_short_grace
-from ray_jobs.tracking import NOTE, Tracker, flatten, read_note
+from ray_jobs.tracking import Tracker, read_note, tracking_uri
 from ray_jobs.worker import DATA_MANIFEST, PROFILE
-
-DATA_CHANGES = "data-changes.jsonl"  # written where a run went on with other data
-
-# A run that goes on may change these keys and sections; everything else decides its bits.
-_MAY_CHANGE = (
-    "steps",
-    "log_interval",
-    "eval_interval",
-    "sample_interval",
-    "save_interval",
-    "save",
-    "keep_checkpoints",
-    "log_slots",
-    "profile",
-)
-_MAY_CHANGE += ("storage", "mirror", "tracking", "scaling.num_workers", "resume", "recovery")
-_MAY_CHANGE += ("data.decode_tasks", "data.max_bad_fraction")
 
 
 def main(job: str, about: str, defaults: Mapping[str, Any]) -> None:
@@ -80,10 +62,11 @@ def exit_with_message(work: Callable[[], Any]) -> None:
 
 def run(config: RunConfig) -> None:
     """Trains to the last step, or goes on with an unfinished run of the same configuration."""
-    config = with_pinned_weights(with_needed_parts(config))
+    config = with_needed_parts(config)
     refuse_unwritable(config.folder)
     refuse_if_in_use(config.folder)
     fetch(config)
+    config = with_pinned_weights(config)
     done = steps_done(config)
     if done >= config.steps:
         return say_finished(config, done)
@@ -96,24 +79,12 @@ def run(config: RunConfig) -> None:
         check_data(config, data)
         announce(config, done)
         warn_of_short_grace(config.folder)
-        (config.folder / CONFIG).write_text(write_yaml(config.values()))
-        (config.folder / DATA_MANIFEST).write_text(manifests_to_json(manifests))
+        replace_text(config.folder / CONFIG, write_yaml(config.values()), durable=True)
+        replace_text(config.folder / DATA_MANIFEST, manifests_to_json(manifests), durable=True)
         with closing(Journal(config.folder)) as journal:
             journal.begin(done, "driver")
-        tracking_uri = train_and_track(config, holder)
-    print(closing_lines(config, tracking_uri))
-
-
-def refuse_unwritable(folder: Path) -> None:
-    """Raises UserError where the run could not write; `folder` need not be there yet."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        place = folder if folder.exists() else folder.parent
-        problem = "" if os.access(place, os.W_OK, effective_ids=True) else "may not be written to"
-    except OSError as error:
-        problem = f"{error.filename}: {error.strerror}"
-    if problem:
-        raise UserError(f"{folder}: {problem}; mend it, or give another storage=FOLDER")
+        train_and_track(config, holder)
+    print(closing_lines(config))
 
 
 @contextmanager
@@ -127,8 +98,8 @@ def held(folder: Path, after_step: int) -> Iterator[dict[str, Any]]:
         lease.release()
 
 
-def train_and_track(config: RunConfig, holder: dict[str, Any]) -> str:
-    """Trains with console and MLflow beside it; where MLflow's store is."""
+def train_and_track(config: RunConfig, holder: dict[str, Any]) -> None:
+    """Trains with console and MLflow beside it."""
     console, tracker = Console(config), Tracker(config)
     status = "FAILED"
     with StopSignals(config.folder) as signals:
@@ -139,81 +110,23 @@ def train_and_track(config: RunConfig, holder: dict[str, Any]) -> str:
             status = "FINISHED" if done >= config.steps else "KILLED"
         finally:
             console.finish()
-            write_report(config)
-            tracker.finish(status)
+            try:
+                write_report(config)
+            except OSError as error:
+                print(f"{config.folder}: report not written ({error})")
+            finally:
+                tracker.finish(status)
     if status == "KILLED":
         raise StoppedError(signals.received, done)
-    return tracker.uri
 
 
 def say_finished(config: RunConfig, done: int) -> None:
-    """There is nothing to train; what MLflow has not taken yet is sent again."""
+    """There is nothing to train; what MLflow and the mirror have not taken yet is sent again."""
     print(f"run {config.name} is finished: {done} steps in {config.folder}")
-    if read_note(config).get("status") != "FINISHED":
-        Tracker(config).finish("FINISHED")
-
-
-def announce(config: RunConfig, done: int) -> None:
-    """Says what a folder that was used before means.
-
-    A run that saves nothing starts over in it, and so does one whose configuration was mended
-    before its first step.
-    """
-    path = config.folder / CONFIG
-    mended = path.exists() and changes_of(
-        configuration_there(config.folder), dict(flatten(config.values()))
-    )
-    if not config.save or mended:
-        for name in (JOURNAL, NOTE):
-            (config.folder / name).unlink(missing_ok=True)
-    if path.exists() and (before := read_yaml(path)["steps"]) != config.steps:
-        note_change(config, f"{config.steps} steps instead of {before}")
-    last = max((record.step for record in JournalReader(config.folder).read()), default=0)
-    if last > done:
-        print(f"resuming after step {done}; steps {done + 1} to {last} are in the journal already")
-    elif done:
-        print(f"resuming after step {done}")
-
-
-def note_change(config: RunConfig, what: str) -> None:
-    """Steps that are replayed from here on may differ from what is recorded of them."""
-    with closing(Journal(config.folder)) as journal:
-        journal.note(f"{CHANGED} with {what}")
-
-
-def steps_done(config: RunConfig) -> int:
-    """How far the run in this folder is; refuses a folder where another configuration trained."""
-    if not has_trained(config.folder):
-        return 0
-    before, now = configuration_there(config.folder), dict(flatten(config.values()))
-    refuse_unbuilt(before, now, str(config.folder))
-    if changed := changes_of(before, now):
-        raise UserError(
-            f"{config.folder}: holds a run of another configuration ({'; '.join(changed)});"
-            " give --run another name, or delete the folder"
-        )
-    newest = newest_checkpoint(config.folder / CHECKPOINTS)
-    return read_manifest(newest).step if newest else 0
-
-
-def has_trained(folder: Path) -> bool:
-    """Whether a run of this folder recorded a step or saved a checkpoint."""
-    traces = chain((folder / CHECKPOINTS).glob("step-*"), JournalReader(folder).read())
-    return (folder / CONFIG).exists() and any(True for _ in traces)
-
-
-def configuration_there(folder: Path) -> dict[str, Any]:
-    """The flattened configuration of the folder's last attempt."""
-    return dict(flatten(build(RunConfig, read_yaml(folder / CONFIG)).values()))
-
-
-def changes_of(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between flattened configurations and makes another run."""
-    return [
-        f"{key} {before.get(key)!r} -> {now.get(key)!r}"
-        for key in sorted(before | now)
-        if before.get(key) != now.get(key) and not key.startswith(_MAY_CHANGE)
-    ]
+    with mirrored(config):
+        note = read_note(config)
+        if (note.get("status"), note.get("tracking_uri")) != ("FINISHED", tracking_uri(config)):
+            Tracker(config).finish("FINISHED")
 
 
 def end_with_data(config: RunConfig, data: RunData) -> RunConfig:
@@ -230,31 +143,10 @@ def end_with_data(config: RunConfig, data: RunData) -> RunConfig:
     return replace(config, steps=end)
 
 
-def check_data(config: RunConfig, data: RunData) -> None:
-    """Refuses to go on with other data than the newest checkpoint's, or says that it does."""
-    newest = newest_checkpoint(config.folder / CHECKPOINTS)
-    if newest is None:
-        return
-    checkpoint = read_manifest(newest)
-    if checkpoint.plan_fingerprint == data.fingerprint:
-        return
-    before = manifests_from_json((config.folder / DATA_MANIFEST).read_text())
-    found = changes(before, data.manifests) or ["another version of the program plans otherwise"]
-    if not config.resume.allow_changed_data:
-        raise UserError(
-            f"{config.folder}: its data changed since step {checkpoint.step} ({'; '.join(found)});"
-            " restore it, give --run another name, or set resume.allow_changed_data=true"
-        )
-    print(f"going on after step {checkpoint.step} with changed data: {'; '.join(found)}")
-    note_change(config, "other data")
-    with open(config.folder / DATA_CHANGES, "a") as file:
-        file.write(json.dumps({"after_step": checkpoint.step, "changes": found}) + "\n")
-
-
 @contextmanager
 def watched(config: RunConfig) -> Iterator[None]:
     """Workers that give no sign of life, or make no step, are killed meanwhile."""
-    watch = Watch(config.folder, config.recovery.step_timeout_s)
+    watch = Watch(config.folder, config.recovery.step_timeout_s, config.scaling.min_workers)
     try:
         yield
     finally:
@@ -265,22 +157,24 @@ def watched(config: RunConfig) -> Iterator[None]:
 def ray_cluster(config: RunConfig) -> Iterator[None]:
     """The cluster that this process is in or that RAY_ADDRESS names; else one on this machine."""
     if ray.is_initialized():
+        check_gpus(config.scaling, ray.cluster_resources(), can_grow=True)
         yield
         return
     # Below errors Ray tells of its own set-up, which is not the user's business.
     options = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if os.environ.get("RAY_ADDRESS"):
+    if can_grow := bool(os.environ.get("RAY_ADDRESS")):
         ray.init(**options)
     else:
         cpus = max(os.cpu_count() or 1, config.scaling.min_workers)
         ray.init("local", num_cpus=cpus, include_dashboard=False, **options)
     try:
+        check_gpus(config.scaling, ray.cluster_resources(), can_grow=can_grow)
         yield
     finally:
         ray.shutdown()
 
 
-def closing_lines(config: RunConfig, tracking_uri: str) -> str:
+def closing_lines(config: RunConfig) -> str:
     """Where the run went and how to look at it."""
     records = list(JournalReader(config.folder).read())
     first, last = records[0].metrics, records[-1].metrics
@@ -297,5 +191,5 @@ def closing_lines(config: RunConfig, tracking_uri: str) -> str:
     if config.profile:
         lines.append(f"profile:    {config.folder / PROFILE}")
     lines.append(f"report:     {config.folder / REPORT}")
-    lines.append(f"dashboard:  mlflow ui --backend-store-uri {tracking_uri}")
+    lines.append(f"dashboard:  mlflow ui --backend-store-uri {tracking_uri(config)}")
     return "\n".join(lines)

@@ -17,7 +17,7 @@ from data_pipeline.contact_sheet import contact_sheet
 from data_pipeline.pack import PackedSlot
 from ray_jobs.config import RunConfig
 
-FOLDER = "samples"  # in the run's folder
+SAMPLES = "samples"  # in the run's folder
 _TEXTS, _TEXT_LENGTH = 4, 256
 _PICTURES, _PICTURE_SIDE = 4, 96
 _CLIPS = 2  # of sound and of film each
@@ -34,7 +34,7 @@ def write_samples(
     `held_out` are slots by source; without any, content is made without a caption.
     """
     stem = f"step-{step:08d}"
-    folder = config.folder / FOLDER
+    folder = config.folder / SAMPLES
     folder.mkdir(exist_ok=True)
     sources = {source.modality: name for name, source in config.data.active_sources.items()}
     rows = {name: _rows(held_out.get(source, ())) for name, source in sources.items()}

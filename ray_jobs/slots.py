@@ -6,12 +6,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain, groupby, islice
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import torch
 
 from arbitor.batch import SlotBatch
 from data_pipeline.pack import PackedSlot
 
+_LOG = "slots-"  # a file a rank, in a run's folder
 HEAD_START_S = 4.0  # of direct reading, unless the first step is done before
 
 
@@ -56,9 +58,9 @@ def _direct_then_streamed(
     yield from islice(slots, brought, None)
 
 
-def log_slots(slots: Iterator[PackedSlot], path: Path) -> Iterator[PackedSlot]:
+def log_slots(slots: Iterator[PackedSlot], folder: Path, rank: int) -> Iterator[PackedSlot]:
     """Passes the slots on and appends a line for each: what this worker really saw."""
-    with open(path, "a") as file:
+    with open(folder / f"{_LOG}{rank}.jsonl", "a") as file:
         for slot in slots:
             entry = {
                 "step": slot.step,
@@ -70,6 +72,20 @@ def log_slots(slots: Iterator[PackedSlot], path: Path) -> Iterator[PackedSlot]:
             file.write(json.dumps(entry) + "\n")
             file.flush()
             yield slot
+
+
+def logged_slots(folder: Path) -> tuple[dict[int, list[dict[str, Any]]], int]:
+    """By rank what a run's workers wrote down, replays included; how many lines a kill has torn."""
+    logged: dict[int, list[dict[str, Any]]] = {}
+    torn = 0
+    for path in sorted(folder.glob(f"{_LOG}*.jsonl")):
+        entries = logged[int(path.stem.removeprefix(_LOG))] = []
+        for line in path.read_bytes().splitlines():
+            try:
+                entries.append(json.loads(line))
+            except ValueError:
+                torn += 1
+    return logged, torn
 
 
 def by_step(

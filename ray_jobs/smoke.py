@@ -6,7 +6,6 @@ one asked for, every row is the plan's, every step has one point. Exits 1 naming
 """
 
 import argparse
-import json
 import math
 import os
 import random
@@ -15,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from statistics import mean
 
@@ -26,10 +25,11 @@ from data_pipeline.statistics import unigram_entropy
 from ray_jobs.config import RunConfig, load_run_config
 from ray_jobs.journal import JournalReader, Record, Start
 from ray_jobs.run import exit_with_message, run
+from ray_jobs.slots import logged_slots
 from ray_jobs.tracking import read_note
 from ray_jobs.worker import open_run_data
 
-CONFIG = Path(__file__).parents[1] / "configs" / "smoke.yaml"
+SMOKE_YAML = Path(__file__).parents[1] / "configs" / "smoke.yaml"
 FALL = 0.9  # the last fifth of a source's losses is below this share of its first five
 
 
@@ -42,7 +42,7 @@ def smoke(words: list[str]) -> None:
     parser.add_argument("--kill-seed", type=int, default=time.time_ns() % 1_000_000)
     options, arguments = parser.parse_known_args(words)
     name = time.strftime("smoke-%Y%m%d-%H%M%S")
-    arguments = [str(CONFIG), "--run", name, "log_slots=true", *arguments]
+    arguments = [str(SMOKE_YAML), "--run", name, "log_slots=true", *arguments]
     config = load_run_config("smoke", arguments, {}, __doc__)
     step = random.Random(options.kill_seed).choice(kill_steps(config))
     print(f"the worker will be killed after step {step} (--kill-seed {options.kill_seed})")
@@ -164,7 +164,11 @@ def mix_as_asked(config: RunConfig, last: Record) -> list[str]:
 
 def rows_as_planned(config: RunConfig) -> list[str]:
     """Whether each slot that a worker computed, replayed ones too, has the rows of the plan."""
-    computed = list(logged_slots(config))
+    logged, _ = logged_slots(config.folder)
+    computed = [
+        ((slot["step"], slot["slot"]), (slot["row_ids"], slot["sha256"]))
+        for slot in chain.from_iterable(logged.values())
+    ]
     planned = {
         (slot.step, slot.slot): (slot.row_ids.tolist(), slot.sha256)
         for slot in read_slots(open_run_data(config), 0, config.steps, 0, 1)
@@ -175,14 +179,6 @@ def rows_as_planned(config: RunConfig) -> list[str]:
     if others or missing:
         return [f"rows: {len(others)} slots are not the plan's, {len(missing)} are missing"]
     return []
-
-
-def logged_slots(config: RunConfig) -> Iterator[tuple[tuple[int, int], tuple[list, str]]]:
-    """((step, slot), (row ids, sha256)) of each slot that a worker computed."""
-    for path in config.folder.glob("slots-*.jsonl"):
-        for line in path.read_text().splitlines():
-            slot = json.loads(line)
-            yield (slot["step"], slot["slot"]), (slot["row_ids"], slot["sha256"])
 
 
 def judge(config: RunConfig, source: str, records: list[Record]) -> list[str]:

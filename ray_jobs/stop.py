@@ -11,20 +11,20 @@ file shows its newest content, while a file that was not there may stay unseen f
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from types import FrameType
 from typing import Any, TypeVar
 
+from ray_jobs.config import IN_JOB
 from ray_jobs.journal import SAVE_S, JournalReader
 
 REQUEST = "stop-requested"  # in the run's folder, written by the driver
 LAST_STEP = "stop-after"  # written by worker 0
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it in the driver of a submitted job
 _GRACE = "RAY_JOB_STOP_WAIT_TIME_S"
 _RAYS_GRACE_S = 3.0
 _UNKNOWN_S = 10.0  # a step and a checkpoint of a run that has none of them yet
@@ -42,15 +42,20 @@ class StoppedError(Exception):
 
 def warn_of_short_grace(folder: Path) -> None:
     """Says so if `ray job stop` would kill this driver before its checkpoint is written."""
-    if _JOB not in os.environ:
+    if IN_JOB not in os.environ:
         return
-    grace, needed = float(os.environ.get(_GRACE, _RAYS_GRACE_S)), _stop_seconds(folder)
+    grace, needed = grace_seconds(os.environ), _stop_seconds(folder)
     if grace < needed:
         print(
             f"`ray job stop` will kill this job after {grace:g} s; a step and a checkpoint may take"
             f" {needed:.1f} s, and what came after the last one would be lost: submit with"
             f" --runtime-env configs/runtime_env.yaml, which sets {_GRACE}"
         )
+
+
+def grace_seconds(variables: Mapping[str, str]) -> float:
+    """Between the signal and the kill of a job with these environment variables."""
+    return float(variables.get(_GRACE, _RAYS_GRACE_S))
 
 
 def _stop_seconds(folder: Path) -> float:

@@ -27,6 +27,7 @@ from ray_jobs import audio, diffusion, pretrain, text, vision
 from ray_jobs.config import RunConfig, load_run_config
 from ray_jobs.kuberay import Cluster, ray_job_manifest
 from ray_jobs.run import exit_with_message
+from ray_jobs.stop import grace_seconds
 
 JOBS = {"pretrain": pretrain, "text": text, "audio": audio, "vision": vision}
 JOBS |= {"diffusion": diffusion}
@@ -180,7 +181,7 @@ def stop(client: JobSubmissionClient, name: str) -> None:
         return
     client.stop_job(identity)
     variables = (job.runtime_env or {}).get("env_vars") or {}
-    grace = float(variables.get("RAY_JOB_STOP_WAIT_TIME_S", 3)) + _GRACE_SECONDS
+    grace = grace_seconds(variables) + _GRACE_SECONDS
     deadline = time.monotonic() + grace
     while not client.get_job_status(identity).is_terminal():
         if time.monotonic() > deadline:

@@ -6,17 +6,21 @@ import os
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ray_jobs.config import RunConfig
 from ray_jobs.journal import JournalReader, Record
+from ray_jobs.processes import replace_text
 from ray_jobs.report import REPORT
-from ray_jobs.samples import FOLDER as SAMPLES
+from ray_jobs.samples import SAMPLES
 
-NOTE = "mlflow.json"  # in the run folder: which MLflow run is this one's, and how it ended there
+# In the run folder: which MLflow run is this one's, and how it ended there.
+MLFLOW_FILE = "mlflow.json"
 
+_KEY = "arbitor.run"  # a tag: which run an MLflow run is, known before MLflow gives it an id
 _BATCH = 1000  # MLflow takes at most this many metrics in a call
 _PARAMS = 100  # and this many parameters
 _POLL_SECONDS = 1.0
@@ -35,7 +39,7 @@ class Tracker:
     """
 
     def __init__(self, config: RunConfig):
-        self.uri = config.tracking.uri or f"sqlite:///{config.folder.parent / 'mlflow.db'}"
+        self.uri = tracking_uri(config)
         self._config = config
         self._reader = JournalReader(config.folder)
         self._pending: list[Record] = []
@@ -121,8 +125,9 @@ class Tracker:
 
     def _open(self) -> None:
         """Finds the MLflow run of this run, or makes it."""
-        # The client would try a server that is away for minutes before it says so.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        # The client would try a server that is away for minutes before it says so, and make a run
+        # again that the server made without an answer.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         # Imported here for the reason that `_work` gives.
         from mlflow.entities import Param
@@ -131,24 +136,9 @@ class Tracker:
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # tells of retries
         client = MlflowClient(tracking_uri=self.uri)
-        note = read_note(self._config)
-        if note:
-            self._run_id = note["run_id"]
-            client.update_run(self._run_id, status="RUNNING")
-        else:
-            name = self._config.tracking.experiment
-            experiment = client.get_experiment_by_name(name)
-            # A store that is a file has no place of its own for artifacts.
-            storage = self._config.folder.parent
-            artifacts = None if self._config.tracking.uri else (storage / "artifacts").as_uri()
-            experiment_id = (
-                experiment.experiment_id
-                if experiment
-                else client.create_experiment(name, artifact_location=artifacts)
-            )
-            run = client.create_run(experiment_id, run_name=self._config.name)
-            self._run_id = run.info.run_id
-            self._write_note("RUNNING")
+        if not self._find_run(client):
+            self._make_run(client)
+        self._write_note({"run_id": self._run_id, "tracking_uri": self.uri, "status": "RUNNING"})
         known = client.get_run(self._run_id).data.params
         params = [
             Param(key, str(value))
@@ -159,22 +149,68 @@ class Tracker:
             client.log_batch(self._run_id, params=params[start : start + _PARAMS])
         self._client = client
 
+    def _find_run(self, client: Any) -> bool:
+        """Whether the store has the run that the note names: another store has not."""
+        from mlflow.exceptions import MlflowException
+
+        self._run_id = read_note(self._config).get("run_id", "")
+        if not self._run_id:
+            return False
+        try:
+            client.update_run(self._run_id, status="RUNNING")
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return False
+        return True
+
+    def _make_run(self, client: Any) -> None:
+        name = self._config.tracking.experiment
+        experiment = client.get_experiment_by_name(name)
+        # A store that is a file has no place of its own for artifacts.
+        storage = self._config.folder.parent
+        artifacts = None if self._config.tracking.uri else (storage / "artifacts").as_uri()
+        experiment_id = (
+            experiment.experiment_id
+            if experiment
+            else client.create_experiment(name, artifact_location=artifacts)
+        )
+        key = read_note(self._config).get("key") or uuid.uuid4().hex
+        self._write_note({"key": key})
+        # An attempt whose answer was lost may have made it.
+        found = client.search_runs([experiment_id], filter_string=f"tags.`{_KEY}` = '{key}'")
+        made = found or [
+            client.create_run(experiment_id, run_name=self._config.name, tags={_KEY: key})
+        ]
+        self._run_id = made[0].info.run_id
+        client.update_run(self._run_id, status="RUNNING")
+
     def _end(self) -> None:
         report = self._config.folder / REPORT
         if report.exists():
             self._client.log_artifact(self._run_id, str(report))
         self._client.set_terminated(self._run_id, status=self._status)
-        self._write_note(self._status)
+        self._write_note({"status": self._status})
 
-    def _write_note(self, status: str) -> None:
-        values = {"run_id": self._run_id, "tracking_uri": self.uri, "status": status}
-        (self._config.folder / NOTE).write_text(json.dumps(values) + "\n")
+    def _write_note(self, values: Mapping[str, str]) -> None:
+        path, text = self._config.folder / MLFLOW_FILE, read_note(self._config) | values
+        replace_text(path, json.dumps(text) + "\n", durable=True)
+
+
+def tracking_uri(config: RunConfig) -> str:
+    return config.tracking.uri or f"sqlite:///{config.folder.parent / 'mlflow.db'}"
 
 
 def read_note(config: RunConfig) -> dict[str, str]:
-    """The run's id, store and status in MLflow; empty before MLflow knows of it."""
-    path = config.folder / NOTE
-    return json.loads(path.read_text()) if path.exists() else {}
+    """The run's key, id, store and status in MLflow; empty before its store has answered.
+
+    One that a loss of power has torn is none: the journal goes to a new MLflow run.
+    """
+    path = config.folder / MLFLOW_FILE
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:
+        return {}
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

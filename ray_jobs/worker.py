@@ -63,7 +63,7 @@ def _run_worker(config: RunConfig, holder: dict[str, Any]) -> int:
     span = (data, group.start, config.steps, rank, world)
     slots = bad_rows.watch(begin(stream_slots(*span), read_slots(*span)))
     if config.log_slots:
-        slots = log_slots(slots, config.folder / f"slots-{rank}.jsonl")
+        slots = log_slots(slots, config.folder, rank)
     model = ARBModel(config.model, config.seed, config.update)
     if group.checkpoint:
         restore(model, group.checkpoint, config, data)

@@ -151,6 +151,19 @@ def test_mistakes_are_named(arguments, message):
         load(*arguments)
 
 
+def test_paths_are_made_absolute_and_those_that_a_job_would_lose_are_refused(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    words = ["storage=~/runs", "init_from=~/runs/first", "model.image_encoder=~/dino.safetensors"]
+    for in_job in (False, True):
+        config = load_run_config("text", words, text.DEFAULTS, "about", in_job)
+        assert config.storage == "/home/somebody/runs"
+        assert config.init_from == "/home/somebody/runs/first"
+        assert config.model.image_encoder == "/home/somebody/dino.safetensors"
+    for word in ("storage=runs", "init_from=first", "model.image_encoder=dino.safetensors"):
+        with pytest.raises(UserError, match=f"{word.replace('=', ': ')} would vanish with the job"):
+            load_run_config("text", [*words, word], text.DEFAULTS, "about", in_job=True)
+
+
 PARTS = ("vq", "graph", "moe", "attention")
 
 

@@ -1,6 +1,7 @@
 """Lines in a log, a bar below them on a terminal."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -49,8 +50,11 @@ def test_a_terminal_gets_a_bar_and_a_log_lines_alone(is_terminal, tmp_path, caps
     values["data"] = {"sources": {"text": {"path": "sample://text"}}}
     config = build(RunConfig, values)
     config.folder.mkdir()
-    console = Console(config)
     journal = Journal(config.folder)
+    journal.note("of an earlier start")
+    console = Console(config)
+    late = SimpleNamespace(time=lambda: 1.0)  # the clock of a worker on another host
+    monkeypatch.setattr("ray_jobs.journal.time", late)
     journal.begin(0, "worker")
     for step in range(1, 5):
         journal.append(step, METRICS)
@@ -61,6 +65,7 @@ def test_a_terminal_gets_a_bar_and_a_log_lines_alone(is_terminal, tmp_path, caps
     output = capsys.readouterr().out
     for step in (1, 2, 4):
         assert output.count(f"step {step}/4  loss 3.5000") == 1
-    assert "step 3/4" not in output and "checkpoint of step [4] is durable" in output
+    assert "step 3/4" not in output and "earlier" not in output
+    assert "checkpoint of step [4] is durable" in output
     assert ("100 %" in output) == is_terminal
     assert ("\x1b" in output) == is_terminal

@@ -10,10 +10,10 @@ from arbitor.errors import UserError
 from arbitor.main import ARBModel
 from arbitor.settings import write_yaml
 from ray_jobs import audio, diffusion, pretrain, text, vision
-from ray_jobs.config import load_run_config
+from ray_jobs.config import CONFIG, load_run_config
 from ray_jobs.construction import with_needed_parts
 from ray_jobs.journal import Journal
-from ray_jobs.run import CONFIG, steps_done
+from ray_jobs.run_folder import steps_done
 
 JOBS = {"audio": audio, "diffusion": diffusion, "pretrain": pretrain, "text": text}
 JOBS["vision"] = vision

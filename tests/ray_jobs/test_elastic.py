@@ -1,9 +1,9 @@
 """A cluster whose nodes come and go under a run: the workers follow, the bits stay."""
 
 import os
-import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
 from ray.cluster_utils import Cluster
@@ -12,6 +12,7 @@ from arbitor.checkpoint import CHECKPOINTS, load_checkpoint, newest_checkpoint
 from arbitor.settings import build, write_yaml
 from ray_jobs.config import RunConfig
 from ray_jobs.journal import JournalReader
+from tests.ray_jobs.started import started
 
 STEPS = 1200
 VALUES = {
@@ -44,6 +45,7 @@ def cluster():
     cluster.shutdown()
 
 
+@contextmanager
 def start(cluster, tmp_path, name, num_workers):
     """The command as a process, and its configuration."""
     scaling = {"num_workers": num_workers, "threads_per_worker": 1}
@@ -54,8 +56,8 @@ def start(cluster, tmp_path, name, num_workers):
     environment.pop("TRITON_INTERPRET", None)
     with open(tmp_path / f"{name}.out", "w") as output:
         command = [sys.executable, "-c", PROGRAM, str(path)]
-        driver = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
-    return driver, build(RunConfig, values)
+        with started(command, env=environment, stdout=output, stderr=output) as driver:
+            yield driver, build(RunConfig, values)
 
 
 def await_workers(driver, config, num_workers, steps=30):
@@ -79,18 +81,18 @@ def final_tensors(config):
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # Ray's own, of the nodes' log files
 def test_workers_follow_the_nodes_of_the_cluster_and_the_bits_stay(cluster, tmp_path):
     """1 -> 2 -> 1 workers: a node is added, and later dies."""
-    driver, config = start(cluster, tmp_path, "elastic", [1, 2])
-    await_workers(driver, config, 1)
-    node = cluster.add_node(**NODE)
-    await_workers(driver, config, 2)
-    cluster.remove_node(node, allow_graceful=False)
-    assert driver.wait(timeout=400) == 0, (tmp_path / "elastic.out").read_text()
+    with start(cluster, tmp_path, "elastic", [1, 2]) as (driver, config):
+        await_workers(driver, config, 1)
+        node = cluster.add_node(**NODE)
+        await_workers(driver, config, 2)
+        cluster.remove_node(node, allow_graceful=False)
+        assert driver.wait(timeout=400) == 0, (tmp_path / "elastic.out").read_text()
     records = list(JournalReader(config.folder).read())
     assert [record.step for record in records] == list(range(1, STEPS + 1))
     workers = [record.metrics["throughput/workers"] for record in records]
     assert workers[0] == workers[-1] == 1 and 2 in workers
 
-    driver, alone = start(cluster, tmp_path, "alone", 1)
-    assert driver.wait(timeout=400) == 0, (tmp_path / "alone.out").read_text()
+    with start(cluster, tmp_path, "alone", 1) as (driver, alone):
+        assert driver.wait(timeout=400) == 0, (tmp_path / "alone.out").read_text()
     expected, found = final_tensors(alone), final_tensors(config)
     assert all(found[name].equal(tensor) for name, tensor in expected.items())

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 import time
 
@@ -14,6 +13,7 @@ from ray_jobs import lease
 from ray_jobs.group import WORKERS, Group
 from ray_jobs.lease import Lease, refuse_if_in_use
 from ray_jobs.processes import is_running, this_process
+from tests.ray_jobs.started import started
 
 
 @pytest.fixture
@@ -50,14 +50,41 @@ def test_a_process_that_lost_its_lease_ends(tmp_path):
         "import sys, time; from pathlib import Path; from ray_jobs import lease;"
         "lease.BEAT_S = 0.2; lease.Lease(Path(sys.argv[1]), 0); time.sleep(60)"
     )
-    sleeper = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)])
-    deadline = time.monotonic() + 60
-    while not (tmp_path / lease.NAME).exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    (before,) = read_owners(tmp_path)
-    assert is_running(before.holder)
-    add_owner(tmp_path, before, "driver", 0, this_process())
-    assert sleeper.wait(timeout=30) == 1
+    with started([sys.executable, "-c", program, str(tmp_path)]) as sleeper:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / lease.NAME).exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        (before,) = read_owners(tmp_path)
+        assert is_running(before.holder)
+        add_owner(tmp_path, before, "driver", 0, this_process())
+        assert sleeper.wait(timeout=30) == 1
+
+
+def test_an_owner_that_a_loss_of_power_has_torn_is_named(tmp_path):
+    add_owner(tmp_path, None, "driver", 0, this_process())
+    path = tmp_path / "owners" / "00000001.json"
+    path.write_text("")
+    with pytest.raises(UserError, match=f"{path}: names no owner .* delete it once no process"):
+        Lease(tmp_path, 0)
+
+
+def test_a_lease_that_cannot_be_given_back_ends_no_run(tmp_path, capsys):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    held = Lease(folder, 0)
+    folder.rename(tmp_path / "away")
+    held.release()
+    assert "its lease could not be given back" in capsys.readouterr().out
+
+
+def test_a_torn_heartbeat_counts_from_when_it_was_written(elsewhere):
+    folder, _ = elsewhere
+    path = folder / lease.NAME
+    path.write_text("{")
+    with pytest.raises(UserError, match="in use by process 7 on far, heard of"):
+        refuse_if_in_use(folder)
+    os.utime(path, (1.0, 1.0))
+    assert "taking over" in refuse_if_in_use(folder)
 
 
 def test_of_two_next_owners_one_wins_and_the_older_workers_end(tmp_path):

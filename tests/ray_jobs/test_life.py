@@ -20,9 +20,10 @@ from ray_jobs import heartbeat
 from ray_jobs.attempts import Failures, RunFailedError, free_resources, is_passing
 from ray_jobs.config import RunConfig
 from ray_jobs.journal import SAVE_S, Journal, JournalReader
-from ray_jobs.processes import is_running, replace_text, this_process
+from ray_jobs.processes import is_running
 from ray_jobs.run import exit_with_message, run
 from ray_jobs.stop import REQUEST, StoppedError, warn_of_short_grace
+from tests.ray_jobs.started import started
 
 STEPS = 200
 VALUES = {
@@ -79,7 +80,7 @@ class Trouble(threading.Thread):
 
     def __init__(self, config, *acts, since=0):
         super().__init__(daemon=True)
-        self._beat = config.folder / heartbeat.FOLDER / "0.json"
+        self._beat = config.folder / heartbeat.HEARTBEATS / "0.json"
         self._reader, self._acts, self._since = JournalReader(config.folder), acts, since
         self._step = max((record.step for record in self._reader.read()), default=0)
         self.start()
@@ -184,16 +185,16 @@ def test_a_driver_that_was_killed_leaves_a_run_that_goes_on(ray_head, storage, t
 
     environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     command = [sys.executable, "-m", "ray_jobs.text", str(arguments), f"storage={storage}"]
-    driver = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
 
     def refuse_and_kill(beat):
         with pytest.raises(UserError, match=f"in use by process {driver.pid} on"):
             run(config)
         driver.kill()
 
-    trouble = Trouble(config, refuse_and_kill)
-    assert driver.wait(timeout=120) == -signal.SIGKILL
-    trouble.join()
+    with started(command, env=environment, stdout=subprocess.DEVNULL) as driver:
+        trouble = Trouble(config, refuse_and_kill)
+        assert driver.wait(timeout=120) == -signal.SIGKILL
+        trouble.join()
     run(config)
     output = capsys.readouterr().out
     assert f"taking over from process {driver.pid}" in output and "resuming after step" in output
@@ -209,10 +210,12 @@ def test_ctrl_c_then_a_kill_then_the_end_with_a_ray_of_its_own(storage, tmp_path
     command = [sys.executable, "-m", "ray_jobs.text", str(arguments), f"storage={storage}"]
 
     def until(act):
-        driver = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE)
-        trouble = Trouble(config, lambda beat: act(driver.pid), since=last_token(config))
-        _, error = driver.communicate(timeout=180)
-        trouble.join()
+        with started(command, stderr=subprocess.PIPE) as driver:
+            trouble = Trouble(config, lambda beat: act(driver.pid), since=last_token(config))
+            _, error = driver.communicate(timeout=180)
+            trouble.join()
+            (beat,) = heartbeat.newest_beats(config.folder)
+            await_end(beat["process"])  # by itself: only what is left is killed here
         return driver.returncode, error.decode()
 
     def interrupt_twice(pid):
@@ -227,15 +230,17 @@ def test_ctrl_c_then_a_kill_then_the_end_with_a_ray_of_its_own(storage, tmp_path
     assert code == 130 and "second signal: ending at once" in error
     code, _ = until(lambda pid: os.kill(pid, signal.SIGKILL))
     assert code == -signal.SIGKILL
-    (beat,) = heartbeat.newest_beats(config.folder)
-    deadline = time.monotonic() + 30
-    while is_running(beat["process"]) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not is_running(beat["process"])
     done = subprocess.run(command, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
     assert "taking over from process" in done.stdout
     assert [record.step for record in records(config)] == list(range(1, STEPS + 1))
+
+
+def await_end(process):
+    deadline = time.monotonic() + 30
+    while is_running(process) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not is_running(process)
 
 
 def last_token(config):
@@ -295,34 +300,6 @@ def test_which_errors_are_tried_again():
     assert is_passing(ConnectionResetError())
     for error in (UserError("x"), FloatingPointError("x"), OSError(28, "x"), KeyError("x")):
         assert not is_passing(error)
-
-
-def test_a_worker_without_steps_is_killed_but_not_while_it_saves(ray_head, tmp_path, capsys):
-    import ray
-
-    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"])
-    process = this_process() | {"pid": sleeper.pid}
-    process["started"] = heartbeat_start(sleeper.pid)
-    beat = {"token": 1, "process": process, "node": ray.get_runtime_context().get_node_id()}
-    beat |= {"step": 4, "phase": "save"}
-
-    def write(**values):
-        replace_text(path, json.dumps(beat | {"time": time.time()} | values))
-
-    path = tmp_path / heartbeat.FOLDER / "0.json"
-    path.parent.mkdir()
-    write()
-    watch = heartbeat.Watch(tmp_path, step_timeout_s=0.5)
-    with pytest.raises(subprocess.TimeoutExpired):
-        sleeper.wait(timeout=3)
-    write(phase=heartbeat.TRAINING)
-    assert sleeper.wait(timeout=30) == -signal.SIGKILL
-    watch.close()
-    assert "no step after step 5 for" in capsys.readouterr().out
-
-
-def heartbeat_start(pid):
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
 
 
 def test_the_start_warns_of_a_grace_that_is_too_short(tmp_path, monkeypatch, capsys):

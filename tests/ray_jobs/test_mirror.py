@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -13,7 +14,8 @@ from ray_jobs import mirror
 from ray_jobs.config import CONFIG, RunConfig
 from ray_jobs.journal import JournalReader
 from ray_jobs.mirror import Mirror, fetch
-from ray_jobs.run import run
+from ray_jobs.run import run, say_finished
+from ray_jobs.tracking import MLFLOW_FILE, tracking_uri
 from tests.data_pipeline.shards import numbered_rows, write_jsonl
 
 MODEL = {"width": 64, "num_layers": 1}
@@ -161,6 +163,46 @@ def test_a_store_that_stays_away_is_told_at_the_end(quick, tmp_path, capsys):
     (tmp_path / "store").write_text("in the way")
     Mirror(config).close()
     assert "the same command sends the rest" in capsys.readouterr().err
+
+
+def test_the_same_command_of_a_finished_run_sends_the_rest(tmp_path, capsys):
+    config = make_config(tmp_path, f"file://{tmp_path}/store")
+    begin_run(config)
+    (config.folder / MLFLOW_FILE).write_text(
+        json.dumps({"status": "FINISHED", "tracking_uri": tracking_uri(config)})
+    )
+    say_finished(config, 4)
+    assert (tmp_path / "store" / "a run" / CONFIG).exists()
+
+
+def test_a_checkpoint_that_is_there_is_not_sent_again(quick, tmp_path, monkeypatch):
+    config = make_config(tmp_path, f"file://{tmp_path}/store")
+    begin_run(config)
+    for step in (1, 2):
+        add_checkpoint(config, step)
+    Mirror(config).close()
+    store = tmp_path / "store" / "a run" / CHECKPOINTS
+    (store / "step-00000002" / MANIFEST).write_text("torn")  # whatever has become of its tensors
+    copy, sent = mirror.fs.copy_files, []
+    monkeypatch.setattr(
+        mirror.fs, "copy_files", lambda a, *b, **k: (sent.append(a), copy(a, *b, **k))
+    )
+    Mirror(config).close()
+    folder = config.folder / CHECKPOINTS / "step-00000002"
+    assert sent == [str(folder / TENSORS), str(config.folder / CONFIG), str(folder / MANIFEST)]
+
+
+def test_initial_weights_are_those_that_the_fetched_run_began_with(ray_head, tmp_path, capsys):
+    """On a machine that has neither the run nor the one whose weights it took."""
+    write_jsonl(tmp_path / "rows.jsonl", numbered_rows(200))
+    place = f"file://{tmp_path}/store"
+    first = replace(make_config(tmp_path, "", steps=2), name="first")
+    run(first)
+    config = replace(make_config(tmp_path, place, steps=2), init_from=str(first.folder))
+    run(config)
+    shutil.rmtree(tmp_path / "runs")
+    run(config)
+    assert "is finished: 2 steps" in capsys.readouterr().out
 
 
 def test_what_was_fetched_in_part_is_no_run(tmp_path, monkeypatch):

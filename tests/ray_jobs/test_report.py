@@ -18,7 +18,7 @@ from ray_jobs.chart import COLORS, MOST_POINTS, thin, ticks
 from ray_jobs.config import CONFIG, RunConfig
 from ray_jobs.dashboard import make_server
 from ray_jobs.goodput import account
-from ray_jobs.journal import NAME, Note, Record, Start
+from ray_jobs.journal import JOURNAL, Note, Record, Start
 from ray_jobs.report import main, write_report
 
 SOURCES = ("audio", "code", "image", "text", "video")
@@ -44,7 +44,7 @@ def write_run(storage, name, lines):
     config.folder.mkdir(parents=True)
     (config.folder / CONFIG).write_text(write_yaml(config.values()))
     journal = "".join(json.dumps(vars(line)) + "\n" for line in lines)
-    (config.folder / NAME).write_text(journal)
+    (config.folder / JOURNAL).write_text(journal)
     return config
 
 
@@ -167,7 +167,7 @@ def test_the_dashboard_shows_the_run_as_it_is_now(served, tmp_path):
     page = look(served)
     assert "<title>later</title>" in page and 'http-equiv="refresh"' in page
     assert len(Figures(page).figures["loss, by source"]["text"]) == 5
-    with open(tmp_path / "later" / NAME, "a") as file:
+    with open(tmp_path / "later" / JOURNAL, "a") as file:
         file.write(json.dumps(vars(record(6, 1010.0, 2.0))) + "\n")
     assert len(Figures(look(served)).figures["loss, by source"]["text"]) == 6
     assert "<title>earlier</title>" in look(f"{served}earlier")

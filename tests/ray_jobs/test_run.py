@@ -24,12 +24,12 @@ from arbitor.main import ARBModel
 from arbitor.settings import build, write_yaml
 from data_pipeline.contact_sheet import MARGIN
 from data_pipeline.run_data import read_slots
-from ray_jobs.config import Resume, RunConfig
+from ray_jobs.config import RunConfig
 from ray_jobs.construction import with_needed_parts
 from ray_jobs.journal import JournalReader
 from ray_jobs.run import run
+from ray_jobs.slots import logged_slots
 from ray_jobs.worker import open_run_data
-from tests.data_pipeline.shards import numbered_rows, write_jsonl
 
 STEPS = 20
 VALUES = {
@@ -99,14 +99,6 @@ def hashes(tensors):
     return {n: hashlib.sha256(t.numpy().tobytes()).hexdigest() for n, t in tensors.items()}
 
 
-def logged_slots(config):
-    """By rank what its workers wrote down of their slots."""
-    return {
-        int(path.stem.removeprefix("slots-")): list(map(json.loads, path.read_text().splitlines()))
-        for path in config.folder.glob("slots-*.jsonl")
-    }
-
-
 def test_one_and_two_workers_end_with_the_same_bits(one_worker, two_workers):
     one, two = hashes(final_tensors(one_worker)), hashes(final_tensors(two_workers))
     assert one == two
@@ -155,7 +147,7 @@ def test_losses_do_not_depend_on_the_number_of_workers(one_worker, two_workers):
 @pytest.mark.parametrize("workers", ["one_worker", "two_workers"])
 def test_every_slot_is_computed_once_and_its_rows_are_the_plans(workers, request):
     config = request.getfixturevalue(workers)
-    logged = logged_slots(config)
+    logged, _ = logged_slots(config.folder)
     for rank, slots in logged.items():
         assert all(slot["slot"] % len(logged) == rank for slot in slots)
     seen = sorted(
@@ -251,9 +243,8 @@ def test_an_unfinished_run_resumes_on_other_workers_to_the_same_bits(
     go_on_after(two_workers, 15, num_workers=3)
     assert "resuming after step 15; steps 16 to 20 are in the journal" in capsys.readouterr().out
     assert hashes(final_tensors(two_workers)) == hashes(final_tensors(one_worker))
-    replayed = {
-        rank: [(s["step"], s["slot"]) for s in x] for rank, x in logged_slots(two_workers).items()
-    }
+    logged, _ = logged_slots(two_workers.folder)
+    replayed = {rank: [(s["step"], s["slot"]) for s in slots] for rank, slots in logged.items()}
     assert replayed == {
         rank: [(step, slot) for step in range(15, 20) for slot in (rank, rank + 3)]
         for rank in range(3)
@@ -272,53 +263,8 @@ def test_a_run_that_grows_and_shrinks_ends_with_the_bits_of_one_worker(one_worke
     expected = hashes(final_tensors(one_worker))
     for step, workers in ((5, 2), (10, 3), (10, 4), (15, 2), (15, 1)):
         go_on_after(config, step, num_workers=workers)
-        assert len(logged_slots(config)) == workers
+        assert len(logged_slots(config.folder)[0]) == workers
         assert hashes(final_tensors(config)) == expected, workers
-
-
-def small_run(storage, name, steps, **source):
-    """A run on three shards of `storage/name-shards` that only a few steps fill."""
-    folder = storage / f"{name}-shards"
-    folder.mkdir(exist_ok=True)
-    for i in range(3):
-        if not (folder / f"{i}.jsonl").exists():
-            write_jsonl(folder / f"{i}.jsonl", numbered_rows(12, f"s{i}r", largest=60))
-    sources = {"text": {"path": str(folder)} | source}
-    data = VALUES["data"] | {"sources": sources}
-    values = VALUES | {"name": name, "storage": str(storage), "steps": steps, "data": data}
-    return build(RunConfig, values), folder
-
-
-def test_a_run_ends_with_its_data_and_goes_on_with_more_if_told_so(ray_head, storage, capsys):
-    config, folder = small_run(storage, "ends", 1000, max_epochs=1, when_exhausted="stop")
-    run(config)
-    done = [record.step for record in JournalReader(config.folder).read()][-1]
-    output = capsys.readouterr().out
-    assert f"max_epochs is reached after step {done}; the run ends there" in output
-    run(config)
-    assert f"is finished: {done} steps" in capsys.readouterr().out
-
-    (folder / "1.jsonl").unlink()
-    write_jsonl(folder / "9.jsonl", numbered_rows(30, "s9r"))
-    with pytest.raises(UserError) as caught:
-        run(config)
-    message = str(caught.value)
-    assert f"text: removed {folder}/1.jsonl; text: added {folder}/9.jsonl" in message
-    assert f"since step {done}" in message and "resume.allow_changed_data=true" in message
-
-    run(replace(config, resume=Resume(allow_changed_data=True)))
-    assert f"on after step {done} with changed data: text: removed" in capsys.readouterr().out
-    noted = json.loads((config.folder / "data-changes.jsonl").read_text())
-    assert noted["after_step"] == done and len(noted["changes"]) == 2
-    steps = [record.step for record in JournalReader(config.folder).read()]
-    assert steps == list(range(1, len(steps) + 1)) and len(steps) > done
-
-
-def test_data_for_not_one_step_is_refused(storage):
-    config, _ = small_run(storage, "tiny", 10, max_epochs=1)
-    config = replace(config, data=replace(config.data, batch_size=4096))
-    with pytest.raises(UserError, match="max_epochs leaves less data than one step needs"):
-        run(config)
 
 
 def test_a_run_begins_with_the_weights_of_another(ray_head, one_worker, storage, capsys):
@@ -336,7 +282,9 @@ def test_a_run_begins_with_the_weights_of_another(ray_head, one_worker, storage,
     newest = newest_checkpoint(one_worker.folder / CHECKPOINTS)
     run(config)
     assert f"begins with the weights of {newest}" in capsys.readouterr().out
-    assert [record.step for record in JournalReader(config.folder).read()] == [1, 2]
+    records = list(JournalReader(config.folder).read())
+    assert [record.step for record in records] == [1, 2]
+    assert "throughput/validation_s" not in records[-1].metrics  # eval_interval=0: never
     manifest, tensors = load_checkpoint(newest_checkpoint(config.folder / CHECKPOINTS))
     assert manifest.step == 2 and manifest.config["init_from"] == str(newest)
     first = final_tensors(one_worker)

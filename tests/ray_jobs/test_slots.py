@@ -88,3 +88,15 @@ def test_what_is_wrong_with_either_ends_the_slots(data, broken):
     with pytest.raises(OSError, match="no shard"):
         for _ in slots.begin(*both):
             pass
+
+
+def test_what_workers_logged_is_read_without_the_lines_that_a_kill_has_torn(data, tmp_path):
+    for rank in (0, 1):
+        for _ in slots.log_slots(read_slots(data, 0, 2, rank, 2), tmp_path, rank):
+            pass
+    with open(tmp_path / "slots-1.jsonl", "a") as file:
+        file.write('{"step": 2, "sl')
+    logged, torn = slots.logged_slots(tmp_path)
+    assert torn == 1
+    assert [(slot["step"], slot["slot"]) for slot in logged[1]] == [(0, 1), (0, 3), (1, 1), (1, 3)]
+    assert len(logged[0]) == 4 and logged[0][0]["row_ids"]

@@ -83,10 +83,10 @@ def test_a_restart_without_a_replayed_step_is_a_fault():
 
 
 def test_steps_to_kill_at_lie_between_checkpoints():
-    config = load_run_config("smoke", [str(smoke.CONFIG)], {}, "")
+    config = load_run_config("smoke", [str(smoke.SMOKE_YAML)], {}, "")
     steps = smoke.kill_steps(config)
     assert min(steps) > config.save_interval and max(steps) < config.steps - 1
     assert all(step % config.save_interval for step in steps)
     for words in (["--no-save"], ["--save-interval", "60"]):
         with pytest.raises(UserError, match="save_interval"):
-            smoke.kill_steps(load_run_config("smoke", [str(smoke.CONFIG), *words], {}, ""))
+            smoke.kill_steps(load_run_config("smoke", [str(smoke.SMOKE_YAML), *words], {}, ""))

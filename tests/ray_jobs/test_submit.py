@@ -127,10 +127,11 @@ def test_no_cluster_is_told(monkeypatch, tmp_path):
         main([*SMALL, f"storage={tmp_path}", "--address", "http://127.0.0.1:9"])
 
 
-def test_a_ray_job_for_kubernetes(monkeypatch, capsys):
+@pytest.mark.parametrize(("asked", "fewest", "most"), [("4", 4, 4), ("[1,4]", 1, 4)])
+def test_a_ray_job_for_kubernetes(asked, fewest, most, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     words = ["configs/pretrain.yaml", "--run", "Long_Run.1", "storage=/mnt/runs"]
-    words += ["scaling.num_workers=4", "scaling.use_gpu=true", "data.slots_per_step=8"]
+    words += [f"scaling.num_workers={asked}", "scaling.use_gpu=true", "data.slots_per_step=8"]
     words += ["--kuberay", "--image", "registry/arbitor:1", "--volume-claim", "runs"]
     main(words)
     config_map, job = yaml.safe_load_all(capsys.readouterr().out)
@@ -145,7 +146,8 @@ def test_a_ray_job_for_kubernetes(monkeypatch, capsys):
     environment = yaml.safe_load(spec["runtimeEnvYAML"])
     assert environment["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"] == "60"
     (workers,) = spec["rayClusterSpec"]["workerGroupSpecs"]
-    assert workers["replicas"] == 4
+    assert (workers["minReplicas"], workers["maxReplicas"]) == (fewest, most)
+    assert workers["replicas"] == most and workers["rayStartParams"] == {"num-cpus": "1"}
     for template in (workers["template"], spec["rayClusterSpec"]["headGroupSpec"]["template"]):
         (container,) = template["spec"]["containers"]
         mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
