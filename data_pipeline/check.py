@@ -18,7 +18,7 @@ from arbitor.modality import BYTE_MODALITIES
 from data_pipeline.decode.audio import audio_seconds
 from data_pipeline.decode.content import ContentError
 from data_pipeline.decode.video import video_seconds
-from data_pipeline.files import ShardError, open_file
+from data_pipeline.files import PatientFile, ShardError
 from data_pipeline.format.open_shard import PARQUET_SUFFIXES, open_shard
 from data_pipeline.format.shard import Columns, Group, MediaRow
 from data_pipeline.layout import Layout, MediaConfig, layout_of
@@ -86,7 +86,7 @@ def list_shard(shard: Shard) -> Listing:
             groups, rows = [entry.group for entry in found], [entry.rows for entry in found]
         schema = ""
         if shard.place.lower().endswith(PARQUET_SUFFIXES):
-            file = pq.ParquetFile(open_file(shard.place))
+            file = pq.ParquetFile(PatientFile(shard.place))
             schema = ", ".join(f"{column.name} {column.type}" for column in file.schema_arrow)
             rows = [file.metadata.row_group(group.location).num_rows for group in groups]
     except (UserError, ShardError) as error:

@@ -9,7 +9,7 @@ from itertools import islice
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipeline.files import BUFFER_BYTES, open_file
+from data_pipeline.files import BUFFER_BYTES, PatientFile
 from data_pipeline.format.open_shard import (
     JSONL_SUFFIXES,
     PARQUET_SUFFIXES,
@@ -33,9 +33,9 @@ def _names(place: str) -> Iterable[str]:
     name = place.lower()
     try:
         if name.endswith(PARQUET_SUFFIXES):
-            return pq.ParquetFile(open_file(place)).schema_arrow.names
+            return pq.ParquetFile(PatientFile(place)).schema_arrow.names
         if name.endswith(JSONL_SUFFIXES):
-            with io.BufferedReader(open_file(place), BUFFER_BYTES) as file:
+            with io.BufferedReader(PatientFile(place), BUFFER_BYTES) as file:
                 row = json.loads(next(line for line in file if line.strip()))
             return row if isinstance(row, dict) else ()
         if name.endswith(TAR_SUFFIXES):
@@ -47,7 +47,7 @@ def _names(place: str) -> Iterable[str]:
 
 def _members(place: str) -> list[str]:
     with (
-        io.BufferedReader(open_file(place), BUFFER_BYTES) as file,
+        io.BufferedReader(PatientFile(place), BUFFER_BYTES) as file,
         tarfile.open(fileobj=file, mode="r:") as tar,
     ):
         return [member.name for member in islice(tar, MEMBERS)]

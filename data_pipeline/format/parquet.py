@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from arbitor.errors import UserError
 from data_pipeline.decode.content import ContentError
-from data_pipeline.files import open_file
+from data_pipeline.files import PatientFile, first_line
 from data_pipeline.format.shard import (
     Columns,
     Group,
@@ -23,7 +23,6 @@ from data_pipeline.format.shard import (
     MediaRow,
     content_beside,
     cut_long,
-    first_line,
 )
 
 BATCH_ROWS = 64
@@ -34,7 +33,7 @@ class ParquetShard:
     def __init__(self, place: str, columns: Columns):
         self._place, self._columns = place, columns
         with _content_errors(f"{place}: not a readable Parquet file"):
-            self._file = pq.ParquetFile(open_file(place))
+            self._file = pq.ParquetFile(PatientFile(place))
         self._schema = self._file.schema_arrow
 
     def groups(self) -> Iterator[Group]:

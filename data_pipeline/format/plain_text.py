@@ -3,8 +3,7 @@
 from collections.abc import Iterator
 
 from data_pipeline.decode.content import ContentError
-from data_pipeline.files import open_file
-from data_pipeline.format.jsonl import read_range
+from data_pipeline.files import PatientFile, read_range
 from data_pipeline.format.shard import Group
 
 GROUP_BYTES = 256 << 10
@@ -15,12 +14,12 @@ class PlainTextShard:
 
     def __init__(self, place: str):
         self._place = place
-        with open_file(place) as file:
+        with PatientFile(place) as file:
             size = file.seek(0, 2)
         self._row_bytes = min(64 << 10, max(1 << 10, size // 64))
 
     def groups(self) -> Iterator[Group]:
-        with open_file(self._place) as file:
+        with PatientFile(self._place) as file:
             start = 0
             while data := file.read(GROUP_BYTES + self._row_bytes):
                 ends = self._row_ends(data)
@@ -31,7 +30,7 @@ class PlainTextShard:
                 file.seek(start)
 
     def read(self, group: Group) -> list[bytes]:
-        data = read_range(self._place, group)
+        data = read_range(self._place, *group)
         ends = self._row_ends(data)
         return [data[i:j] for i, j in zip([0, *ends], ends, strict=False)]
 

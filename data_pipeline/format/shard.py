@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from data_pipeline.decode.content import ContentError
-from data_pipeline.files import beside, read_file
+from data_pipeline.files import beside, first_line, read_file
 
 ROW_BYTES = 4 << 20  # a longer row of text is cut, so that a window of it fits in memory
 
@@ -83,8 +83,3 @@ def content_beside(place: str, name: str) -> bytes:
         return read_file(beside(place, name))
     except ValueError as error:
         raise ContentError(f"{name!r} is not a path ({first_line(error)})") from error
-
-
-def first_line(error: Exception) -> str:
-    lines = str(error).splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".")

@@ -13,15 +13,13 @@ from itertools import groupby
 
 from arbitor.errors import UserError
 from data_pipeline.decode.content import ContentError
-from data_pipeline.files import BUFFER_BYTES, ShardError, open_file
-from data_pipeline.format.jsonl import read_range
+from data_pipeline.files import BUFFER_BYTES, PatientFile, ShardError, first_line, read_range
 from data_pipeline.format.shard import (
     Columns,
     Group,
     MediaGroup,
     MediaRow,
     cut_long,
-    first_line,
 )
 
 GROUP_BYTES = 4 << 20
@@ -77,7 +75,7 @@ class WebDatasetShard:
 
     def _headers(self) -> Iterator[tarfile.TarInfo]:
         """Of the members that are files, in order."""
-        with io.BufferedReader(open_file(self._place), BUFFER_BYTES) as file:
+        with io.BufferedReader(PatientFile(self._place), BUFFER_BYTES) as file:
             try:
                 with tarfile.open(fileobj=file, mode="r:") as tar:
                     yield from (header for header in tar if header.isfile())
@@ -94,7 +92,9 @@ class WebDatasetShard:
         """The rows of a group as lists of (name, ending, data)."""
         members = []
         try:
-            with tarfile.open(fileobj=io.BytesIO(read_range(self._place, group)), mode="r:") as tar:
+            with tarfile.open(
+                fileobj=io.BytesIO(read_range(self._place, *group)), mode="r:"
+            ) as tar:
                 for header in tar:
                     if header.isfile():
                         data = tar.extractfile(header).read()
