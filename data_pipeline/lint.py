@@ -22,7 +22,7 @@ from data_pipeline.check import Findings, Listing, Shard, check_unit, list_shard
 from data_pipeline.command import end_with, read_settings, set_values
 from data_pipeline.files import FoundFile, find_files
 from data_pipeline.format.guess import guess_modality
-from data_pipeline.format.open_shard import MEDIA_SUFFIXES
+from data_pipeline.format.open_shard import ROW_SUFFIXES
 from data_pipeline.index import find_shards
 from data_pipeline.lint_report import SourceReport, describe_source
 from data_pipeline.progress import Progress
@@ -97,11 +97,11 @@ def _shards_of_path(path: str, words: Sequence[str]) -> list[Shard]:
         guesses = list(pool.map(guess_modality, (file.place for file in files)))
     both = list(zip(files, guesses, strict=True))
     if any(guess != "text" for guess in guesses):  # of media only the files that hold rows
-        both = [(f, guess) for f, guess in both if f.place.lower().endswith(MEDIA_SUFFIXES)]
+        both = [(f, guess) for f, guess in both if f.place.lower().endswith(ROW_SUFFIXES)]
     if not both:
         kinds = " and ".join(sorted({guess for guess in guesses if guess != "text"}))
         raise UserError(
-            f"PATH: no shards in {path}; put {kinds} rows in {', '.join(MEDIA_SUFFIXES)} files"
+            f"PATH: no shards in {path}; put {kinds} rows in {', '.join(ROW_SUFFIXES)} files"
         )
     shards = []
     for file, guess in both:

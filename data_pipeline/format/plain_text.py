@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from arbitor.errors import UserError
 from data_pipeline.decode.content import ContentError
 from data_pipeline.files import PatientFile, read_range
 from data_pipeline.format.shard import Group
@@ -31,12 +32,21 @@ class PlainTextShard:
 
     def read(self, group: Group) -> list[bytes]:
         data = read_range(self._place, *group)
-        ends = self._row_ends(data)
-        return [data[i:j] for i, j in zip([0, *ends], ends, strict=False)]
+        if b"\0" in data:
+            raise UserError(
+                f"{self._place}: a zero byte at byte {group.location + data.index(0)}: not text in"
+                " UTF-8; convert it, or leave it out with a glob such as **/*.txt"
+            )
+        return self._cut(data)
 
     def rows(self, group: Group) -> list[bytes | ContentError]:
         binary = ContentError("holds zero bytes: not text")
-        return [binary if b"\0" in row else row for row in self.read(group)]
+        rows = self._cut(read_range(self._place, *group))
+        return [binary if b"\0" in row else row for row in rows]
+
+    def _cut(self, data: bytes) -> list[bytes]:
+        ends = self._row_ends(data)
+        return [data[i:j] for i, j in zip([0, *ends], ends, strict=False)]
 
     def _row_ends(self, data: bytes) -> list[int]:
         ends = [0]
