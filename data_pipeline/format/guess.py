@@ -17,6 +17,7 @@ from data_pipeline.format.open_shard import (
 )
 from data_pipeline.format.webdataset import ENDINGS
 
+UNREADABLE = (OSError, EOFError, ValueError, IndexError, RecursionError, StopIteration)
 MEMBERS = 16  # of a tar file that are looked at
 
 
@@ -40,7 +41,7 @@ def _names(place: str) -> Iterable[str]:
             return row if isinstance(row, dict) else ()
         if name.endswith(TAR_SUFFIXES):
             return [_modality_of_file(member) for member in _members(place)]
-    except (pa.ArrowException, OSError, ValueError, StopIteration, tarfile.TarError):
+    except (*UNREADABLE, pa.ArrowException, tarfile.TarError):
         return ()
     return [_modality_of_file(name)]
 
