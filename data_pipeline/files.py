@@ -89,11 +89,11 @@ def _matching(
     key: str, path: str, pattern: re.Pattern, infos: list[fs.FileInfo]
 ) -> list[fs.FileInfo]:
     """What a glob means of what is there. Raises UserError for a name of its braces that is not."""
-    there = {info.path for info in infos}
-    for name in _without_braces(path):
-        if not MAGIC.search(name) and name not in there:
-            raise UserError(f"{key}: {name} does not exist; restore it or mend the pattern")
-    matching = [info for info in infos if pattern.fullmatch(info.path)]
+    named = {name for name in _without_braces(path) if not MAGIC.search(name)}
+    missing = named.difference(info.path for info in infos)
+    if missing:
+        raise UserError(f"{key}: {min(missing)} does not exist; restore it or mend the pattern")
+    matching = [info for info in infos if info.path in named or pattern.fullmatch(info.path)]
     if any(info.type != fs.FileType.Directory for info in matching):
         return matching
     folders = tuple(f"{info.path}/" for info in matching)
@@ -256,6 +256,7 @@ def _glob_pattern(path: str) -> re.Pattern | None:
     names = _without_braces(path)
     if names == [path] and not MAGIC.search(path):
         return None
+    names = filter(MAGIC.search, names)  # those that braces alone spell may be very many
     tokens = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
 
     def translate(match: re.Match) -> str:
