@@ -6,9 +6,10 @@ others is the same for any number of workers (`pack.py`), only who finds them fi
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from data_pipeline.files import drop_torn_line
 from data_pipeline.pack import Fault, PackedSlot, WindowReport
 from data_pipeline.run_data import RunData
 
@@ -27,6 +28,7 @@ class BadRows:
     def __init__(self, folder: Path, rank: int, run_data: RunData):
         self._folder, self._run_data = folder, run_data
         self._path = folder / PATTERN.replace("*", str(rank))
+        drop_torn_line(self._path)
         self._known = {(entry["source"], entry["shard"], entry["row"]) for entry in self._read()}
         self._size = -1
         self._counts: dict[str, int] = {}
@@ -40,6 +42,12 @@ class BadRows:
             if slot.opened is not None:
                 self._take(slot.source, slot.opened)
             yield slot
+
+    def list_held_out(self, slots: Iterable[PackedSlot]) -> None:
+        """Writes down the bad rows among held-out ones; they stop nothing."""
+        for slot in slots:
+            if slot.opened is not None and slot.opened.faults:
+                self._write(slot.source, slot.opened.faults)
 
     def counts(self) -> dict[str, int]:
         """Bad rows by source, found by all workers up to now."""

@@ -18,14 +18,15 @@ from arbitor.modality import BYTE_MODALITIES
 from data_pipeline.decode.audio import audio_seconds
 from data_pipeline.decode.content import ContentError
 from data_pipeline.decode.video import video_seconds
-from data_pipeline.files import ShardError, open_file
+from data_pipeline.files import PatientFile, ShardError
 from data_pipeline.format.open_shard import PARQUET_SUFFIXES, open_shard
-from data_pipeline.format.shard import Columns, Group, MediaRow
+from data_pipeline.format.shard import Columns, Group, MediaRow, MediaShard
 from data_pipeline.layout import Layout, MediaConfig, layout_of
 from data_pipeline.pack import REASON_LENGTH
 from data_pipeline.row_id import row_ids
 
 UNIT_BYTES = 4 << 20
+MISSING_FILES = 5  # of a group, that are tried one by one
 LENGTHS = {"audio": audio_seconds, "video": video_seconds}
 
 
@@ -53,6 +54,7 @@ class Listing(NamedTuple):
     units: tuple[Unit, ...] = ()
     schema: str = ""
     problem: str = ""
+    group_bytes: int = 0  # of text in the largest row group of a Parquet shard
 
 
 @dataclass
@@ -84,17 +86,21 @@ def list_shard(shard: Shard) -> Listing:
         else:
             found = list(opened.media_groups())
             groups, rows = [entry.group for entry in found], [entry.rows for entry in found]
-        schema = ""
+        schema, group_bytes = "", 0
         if shard.place.lower().endswith(PARQUET_SUFFIXES):
-            file = pq.ParquetFile(open_file(shard.place))
+            file = pq.ParquetFile(PatientFile(shard.place))
             schema = ", ".join(f"{column.name} {column.type}" for column in file.schema_arrow)
             rows = [file.metadata.row_group(group.location).num_rows for group in groups]
+            if shard.modality in BYTE_MODALITIES:
+                sizes = (opened.text_bytes(group.location) for group in groups)
+                group_bytes = max(sizes, default=0)
     except (UserError, ShardError) as error:
         return Listing(problem=_reason(error, shard))
     count = max(1, min(len(groups), -(-shard.num_bytes // UNIT_BYTES)))
     cuts = [len(groups) * i // count for i in range(count + 1)]
     spans = zip(cuts, cuts[1:], strict=False)
-    return Listing(tuple(Unit(tuple(groups[i:j]), tuple(rows[i:j])) for i, j in spans), schema)
+    units = tuple(Unit(tuple(groups[i:j]), tuple(rows[i:j])) for i, j in spans)
+    return Listing(units, schema, group_bytes=group_bytes)
 
 
 def check_unit(shard: Shard, unit: Unit) -> Findings:
@@ -107,7 +113,7 @@ def check_unit(shard: Shard, unit: Unit) -> Findings:
             if shard.modality in BYTE_MODALITIES:
                 contents = _check_text(opened.rows(group), findings)
             else:
-                media_rows, _ = opened.read_media(group, 0, rows)
+                media_rows = _read_media(opened, group, rows, shard)
                 contents = _check_media(media_rows, shard, findings)
             findings.hashes.append(row_ids(contents))
         except (UserError, ShardError) as error:
@@ -116,6 +122,30 @@ def check_unit(shard: Shard, unit: Unit) -> Findings:
             del findings.hashed_rows[hashed:]
             findings.faults += [(row, reason) for row in range(begin, findings.rows)]
     return findings
+
+
+def _read_media(opened: MediaShard, group: Group, rows: int, shard: Shard) -> list[MediaRow]:
+    """The rows of a group; a file that a row names and that cannot be read is that row's problem.
+
+    Each is tried for seconds, so after some of them the rest of the group is not read.
+    """
+    try:
+        return opened.read_media(group, 0, rows)[0]
+    except ShardError as error:
+        if str(error).startswith(f"{shard.place}: "):
+            raise
+    found: list[MediaRow] = []
+    missing = 0
+    for row in range(rows):
+        if missing == MISSING_FILES:
+            problem = f"not looked at, after {missing} rows whose files cannot be read"
+            return found + [MediaRow(problem=problem)] * (rows - row)
+        try:
+            found += opened.read_media(group, row, row + 1)[0]
+        except ShardError as error:
+            missing += 1
+            found.append(MediaRow(problem=str(error)))
+    return found
 
 
 def _check_text(rows: Iterable[bytes | ContentError], findings: Findings) -> Iterator[bytes]:

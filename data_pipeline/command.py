@@ -4,6 +4,8 @@ A run's YAML file is read for its data and the few values that the plan of the d
 what else stands in it is neither read nor checked.
 """
 
+import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -40,7 +42,7 @@ class DataSettings:
 
 def read_settings(words: Sequence[str]) -> DataSettings:
     """From `CONFIG [key.path=value ...]`, in any order."""
-    files = [word for word in words if "=" not in word]
+    files = [word for word in words if not is_override(word)]
     if len(files) != 1:
         raise UserError(f"expected one CONFIG file, got {' and '.join(files) or 'none'}")
     values = read_yaml(files[0])
@@ -57,9 +59,15 @@ def read_settings(words: Sequence[str]) -> DataSettings:
 def set_values(values: dict[str, Any], words: Sequence[str]) -> None:
     """Takes in those of `words` that are `key.path=value`."""
     for word in words:
-        if "=" in word:
+        if is_override(word):
             path, text = word.split("=", 1)
             set_value(values, path, parse_value(text))
+
+
+def is_override(word: str) -> bool:
+    """Whether a word is `key.path=value` and not a place such as `data/lang=en`."""
+    key, equals, _ = word.partition("=")
+    return bool(equals and re.fullmatch(r"[\w.-]+", key)) and not os.path.exists(word)
 
 
 def open_data(settings: DataSettings) -> RunData:
@@ -70,6 +78,7 @@ def open_data(settings: DataSettings) -> RunData:
 
 def end_with(command: Callable[[list[str]], int]) -> NoReturn:
     """Runs a command on the command line's words; a bad shard is a mistake too."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file may have any name
     errors.end_with(command, ShardError)
 
 

@@ -7,7 +7,7 @@ shard by shard: an index pass that was cut off goes on, and a shard that did not
 """
 
 import os
-import time
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -15,17 +15,18 @@ from pathlib import Path
 
 from arbitor.errors import UserError
 from arbitor.modality import BYTE_MODALITIES
-from data_pipeline.files import FoundFile, find_files
-from data_pipeline.format.open_shard import MEDIA_SUFFIXES, open_shard
-from data_pipeline.format.shard import Columns, Group
+from data_pipeline.files import FoundFile, ShardError, find_files
+from data_pipeline.format.open_shard import ROW_SUFFIXES, check_name, open_shard
+from data_pipeline.format.shard import Group
 from data_pipeline.manifest import Segment, SourceManifest
+from data_pipeline.progress import Progress
 from data_pipeline.row_id import join_digests
 from data_pipeline.sample import SAMPLE_PREFIX, ensure_sample
-from data_pipeline.scan import cached_scan, text_segment
+from data_pipeline.scan import cached_scan, storage_errors, text_segment
 from data_pipeline.schema import DataConfig, SourceConfig
 
 NUM_THREADS = max(4, os.cpu_count() or 1)  # each may hold one group in memory
-PROGRESS_SECONDS = 5.0  # a longer pass says how far it is
+NAMES_TOLD = 3  # of the files that are left out
 
 
 def index_sources(config: DataConfig, storage: Path) -> dict[str, SourceManifest]:
@@ -41,20 +42,55 @@ def index_sources(config: DataConfig, storage: Path) -> dict[str, SourceManifest
 
 
 def find_shards(key: str, source: SourceConfig, storage: Path) -> list[FoundFile]:
-    """The shards of a source; of a folder or glob of media, only the files that hold rows."""
+    """The shards of a source, as `choose_shards` takes them from what is there."""
     path = source.path
     if path.startswith(SAMPLE_PREFIX):
-        path = str(ensure_sample(path.removeprefix(SAMPLE_PREFIX), storage / "samples"))
-    found = find_files(f"{key}.path", path)
-    if source.modality in BYTE_MODALITIES or len(found) == 1:
+        with storage_errors(storage):
+            path = str(ensure_sample(path.removeprefix(SAMPLE_PREFIX), storage / "samples"))
+    return choose_shards(f"{key}.path", path, source.modality, find_files(f"{key}.path", path))
+
+
+def choose_shards(key: str, path: str, modality: str, found: list[FoundFile]) -> list[FoundFile]:
+    """Of a folder or glob with files of rows (Parquet, JSONL, tar), only those: what is beside them
+    describes them. But code in plain text is read where it has more bytes than the rows have.
+    """
+    for file in found:
+        check_name(file.place)
+    if len(found) == 1:
         return found
-    shards = [file for file in found if file.place.lower().endswith(MEDIA_SUFFIXES)]
-    if not shards:
+    is_rows = [file.place.lower().endswith(ROW_SUFFIXES) for file in found]
+    plain = [file for file, rows in zip(found, is_rows, strict=True) if not rows]
+    shared = os.path.commonprefix([file.place for file in found]).rpartition("/")[0]
+    chosen = [
+        file
+        for file, rows in zip(found, is_rows, strict=True)
+        if rows
+        and "/_" not in file.place[len(shared) :]  # what Spark and Delta keep for themselves
+    ]
+    if modality == "code" and sum(f.size for f in plain) > sum(f.size for f in chosen):
+        chosen = plain
+    elif modality in BYTE_MODALITIES:
+        chosen = chosen or plain
+    if not chosen:
         raise UserError(
-            f"{key}.path: no shards of {source.modality} in {path}; put"
-            f" {', '.join(MEDIA_SUFFIXES)} files there"
+            f"{key}: no shards of {modality} in {path}; put {', '.join(ROW_SUFFIXES)} files there"
         )
-    return shards
+    if modality in BYTE_MODALITIES and len(chosen) < len(found):
+        _tell_left_out(key, len(shared) + 1, found, chosen)
+    return chosen
+
+
+def _tell_left_out(key: str, begin: int, found: list[FoundFile], chosen: list[FoundFile]) -> None:
+    taken = {file.place for file in chosen}
+    names = [file.place[begin:] for file in found if file.place not in taken]
+    others = ", ..." if len(names) > NAMES_TOLD else ""
+    print(
+        f"{key}: {len(names):,} of {len(found):,} files are left out"
+        f" ({', '.join(names[:NAMES_TOLD])}{others}); a folder is read either as rows (Parquet,"
+        " JSONL, tar) or as plain text, and a glob can name others",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _index_source(
@@ -79,25 +115,19 @@ def _index_source(
 def _scan_all(
     key: str, files: list[FoundFile], source: SourceConfig, cache: Path
 ) -> Iterator[list[Segment]]:
-    """The segments of each file, in order; tells how far it is where that takes long."""
-    total, seen, started = sum(file.size for file in files), 0, time.monotonic()
-    said = started
-    with ThreadPoolExecutor(NUM_THREADS) as pool:
+    """The segments of each file, in order."""
+    with (
+        Progress(f"indexing {key}", sum(file.size for file in files)) as progress,
+        ThreadPoolExecutor(NUM_THREADS) as pool,
+    ):
         scans = [
             pool.submit(cached_scan, file, source.modality, source.columns, cache) for file in files
         ]
         try:
-            for number, (file, scan) in enumerate(zip(files, scans, strict=True), 1):
-                yield scan.result()
-                seen += file.size
-                now = time.monotonic()
-                if now - said > PROGRESS_SECONDS:
-                    said, left = now, (total - seen) / seen * (now - started)
-                    print(
-                        f"indexing {key}: {number:,} of {len(files):,} shards,"
-                        f" {seen / 1e9:.1f} of {total / 1e9:.1f} GB, {left:.0f} s left",
-                        flush=True,
-                    )
+            for file, scan in zip(files, scans, strict=True):
+                segments = scan.result()
+                yield segments
+                progress.advance(file.size, sum(segment.rows for segment in segments))
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -141,9 +171,11 @@ def _cut(
     """The segment's first `border` rows and its others; text is read again to be counted."""
     if source.modality not in BYTE_MODALITIES:
         return segment.part(0, border), segment.part(border, segment.rows)
-    columns = Columns(*source.columns)
     group = Group(segment.location, segment.length)
-    rows = open_shard(shard, source.modality, columns).read(group)
+    try:
+        rows = open_shard(shard, source.modality, source.columns).read(group)
+    except ShardError as error:
+        raise UserError(str(error)) from error
     middle = segment.row_start + border
     ranges = ((segment.row_start, middle), (middle, segment.row_stop))
     before, after = (text_segment(group, segment.first_row, rows, *part) for part in ranges)

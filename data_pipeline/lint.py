@@ -10,20 +10,21 @@ import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from arbitor.errors import UserError
 from arbitor.settings import build
 from data_pipeline.check import Findings, Listing, Shard, check_unit, list_shard
-from data_pipeline.command import end_with, read_settings, set_values
+from data_pipeline.command import end_with, is_override, read_settings, set_values
 from data_pipeline.files import FoundFile, find_files
 from data_pipeline.format.guess import guess_modality
-from data_pipeline.format.open_shard import MEDIA_SUFFIXES
-from data_pipeline.index import find_shards
+from data_pipeline.format.open_shard import ROW_SUFFIXES
+from data_pipeline.index import choose_shards, find_shards
 from data_pipeline.lint_report import SourceReport, describe_source
 from data_pipeline.progress import Progress
 from data_pipeline.schema import DataConfig, SourceConfig
@@ -37,7 +38,7 @@ modality=code, text_column=content, content_column=jpg say otherwise."""
 
 def lint_command(words: list[str]) -> int:
     options = _parser().parse_intermixed_args(words)
-    names = [word for word in options.words if "=" not in word]
+    names = [word for word in options.words if not is_override(word)]
     if len(names) != 1:
         raise UserError(f"expected one CONFIG or PATH, got {' and '.join(names) or 'none'}")
     if names[0].lower().endswith(YAML_SUFFIXES):
@@ -92,16 +93,16 @@ def _shards_of_path(path: str, words: Sequence[str]) -> list[Shard]:
     values = {"path": path}
     set_values(values, words)
     build(SourceConfig, values)
-    files = find_files("PATH", path)
+    files = choose_shards("PATH", path, values.get("modality", "text"), find_files("PATH", path))
     with ThreadPoolExecutor() as pool:
         guesses = list(pool.map(guess_modality, (file.place for file in files)))
     both = list(zip(files, guesses, strict=True))
     if any(guess != "text" for guess in guesses):  # of media only the files that hold rows
-        both = [(f, guess) for f, guess in both if f.place.lower().endswith(MEDIA_SUFFIXES)]
+        both = [(f, guess) for f, guess in both if f.place.lower().endswith(ROW_SUFFIXES)]
     if not both:
         kinds = " and ".join(sorted({guess for guess in guesses if guess != "text"}))
         raise UserError(
-            f"PATH: no shards in {path}; put {kinds} rows in {', '.join(MEDIA_SUFFIXES)} files"
+            f"PATH: no shards in {path}; put {kinds} rows in {', '.join(ROW_SUFFIXES)} files"
         )
     shards = []
     for file, guess in both:
@@ -136,7 +137,7 @@ def _check(shards: Sequence[Shard]) -> list[SourceReport]:
         ProcessPoolExecutor(cores, context, initializer=_leave_interrupts_alone) as pool,
     ):
         try:
-            listings = list(pool.map(list_shard, shards))
+            listings = _list(pool, shards)
             found = _collect(_submit(pool, shards, listings, progress), shards, progress)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -145,6 +146,17 @@ def _check(shards: Sequence[Shard]) -> list[SourceReport]:
         units = [found[number, unit] for unit in range(len(listing.units))]
         reports[shard.source].add(shard, listing, units)
     return list(reports.values())
+
+
+def _list(pool: ProcessPoolExecutor, shards: Sequence[Shard]) -> list[Listing]:
+    places = {}
+    try:
+        with suppress(BrokenProcessPool):  # whose it is, their futures say
+            for shard in shards:
+                places[pool.submit(list_shard, shard)] = shard.place
+        return [future.result() for future in places]
+    except BrokenProcessPool as error:
+        raise _killed(places) from error
 
 
 class _Part(NamedTuple):
@@ -166,8 +178,11 @@ def _submit(
         if not listing.units:
             progress.advance(shard.num_bytes, 0)
         for unit, content in enumerate(listing.units):
-            part = shard.num_bytes / len(listing.units)
-            parts[pool.submit(check_unit, shard, content)] = _Part(number, unit, part)
+            part = _Part(number, unit, shard.num_bytes / len(listing.units))
+            try:
+                parts[pool.submit(check_unit, shard, content)] = part
+            except BrokenProcessPool:  # by one that was submitted before: `_collect` tells
+                return parts
     return parts
 
 
@@ -182,14 +197,19 @@ def _collect(
             found[shard, unit] = future.result()
             progress.advance(num_bytes, found[shard, unit].rows)
     except BrokenProcessPool as error:
-        broken = [shards[part.shard].place for future, part in parts.items() if future.exception()]
-        places = list(dict.fromkeys(broken))
-        more = f" or a later one ({len(places)} in all)" if len(places) > 1 else ""
-        raise UserError(
-            f"{places[0]}{more}: a process was killed while it read this; check it alone, with"
-            " more memory, or take it out"
+        raise _killed(
+            {future: shards[part.shard].place for future, part in parts.items()}
         ) from error
     return found
+
+
+def _killed(places: Mapping[Future, str]) -> UserError:
+    broken = list(dict.fromkeys(place for future, place in places.items() if future.exception()))
+    more = f" or a later one ({len(broken)} in all)" if len(broken) > 1 else ""
+    return UserError(
+        f"{broken[0]}{more}: a process was killed while it read this; check it alone, with more"
+        " memory, or take it out"
+    )
 
 
 def _write_bad_rows(path: Path, reports: Sequence[SourceReport]) -> None:

@@ -11,9 +11,11 @@ from arbitor.modality import BYTE_MODALITIES
 from data_pipeline.check import Findings, Listing, Shard
 from data_pipeline.command import in_units
 from data_pipeline.pack import Fault
+from data_pipeline.run_data import WINDOW_SYMBOLS
 
 SHOWN = 10  # bad rows and duplicates of a source; --bad-rows writes all of them
 BAR = 30
+GROUP_BYTES = 64 << 20  # of text in a row group: larger ones are told
 SIZES = {"image": "shorter side, pixels", "audio": "seconds", "video": "seconds"}
 
 
@@ -30,6 +32,7 @@ class SourceReport:
     rows: int = 0
     num_bytes: int = 0
     positions: int = 0
+    group_bytes: int = 0
     seconds: float = 0.0
     empty: int = 0
     truncated: int = 0
@@ -44,6 +47,7 @@ class SourceReport:
             self.broken.append((shard.place, listing.problem))
         elif listing.schema:
             self.schemas[listing.schema] += 1
+        self.group_bytes = max(self.group_bytes, listing.group_bytes)
         for unit in units:
             for name in ("rows", "num_bytes", "positions", "seconds", "empty", "truncated"):
                 setattr(self, name, getattr(self, name) + getattr(unit, name))
@@ -81,6 +85,11 @@ def describe_source(report: SourceReport, allowed: float) -> str:
     lines.append(f"  positions   {report.positions:,}")
     if report.modality in BYTE_MODALITIES:
         lines.append(f"  empty rows  {report.empty:,}")
+        if report.group_bytes > GROUP_BYTES:
+            lines.append(
+                f"  row groups  up to {in_units(report.group_bytes)} of text, each read whole for"
+                f" every window of {in_units(WINDOW_SYMBOLS)}; write smaller ones (row_group_size)"
+            )
     else:
         lines.append(f"  captions    {report.truncated:,} too long for the sequence, to be cut")
     duplicates = report.duplicates()
@@ -111,7 +120,9 @@ def _histogram(report: SourceReport) -> Iterator[str]:
 def _bad_rows(report: SourceReport, allowed: float) -> Iterator[str]:
     share = len(report.faults) / max(1, report.rows)
     verdict = ""
-    if report.faults:
+    if report.faults and report.modality in BYTE_MODALITIES:
+        verdict = f" ({share:.2%}; a run refuses the shards of {report.modality} that hold them)"
+    elif report.faults:
         over = "above" if share > allowed else "within"
         verdict = f" ({share:.2%}, {over} data.max_bad_fraction={allowed})"
     yield f"  bad rows    {len(report.faults):,}{verdict}"

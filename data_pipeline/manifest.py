@@ -53,7 +53,7 @@ class SourceManifest:
     modality: str
     columns: Columns
     shards: tuple[str, ...]  # absolute paths or URIs
-    shard_digests: tuple[str, ...]  # of all rows of each shard
+    shard_digests: tuple[str, ...]  # of all rows of each shard; of media, their layout
     train_segments: tuple[Segment, ...]
     eval_segments: tuple[Segment, ...]
 
@@ -74,7 +74,7 @@ class SourceManifest:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 hex of content and layout; the same wherever the shards lie."""
+        """sha256 hex of content (of media, the layout); the same wherever the shards lie."""
         content = json.dumps([self.modality, self.train_segments, self.eval_segments])
         return hashlib.sha256(content.encode()).hexdigest()
 

@@ -29,8 +29,11 @@ def preview_command(words: list[str]) -> int:
     out: Path = options.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: is there and not empty; name another folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be made ({error.strerror}); name another") from error
     run_data = open_data(settings)
-    out.mkdir(parents=True, exist_ok=True)
     index = [f"# First slots of `{' '.join(options.words)}`", ""]
     for source, sequences in _first_sequences(run_data, settings.steps).items():
         if not sequences:
@@ -39,7 +42,7 @@ def preview_command(words: list[str]) -> int:
         lines = write_source(out, source, _media(run_data, source), sequences)
         index += [f"## {source}", "", *lines, ""]
         print(f"{source}: {len(sequences)} sequences, from step {sequences[0].slot.step:,} on")
-    (out / "index.md").write_text("\n".join(index))
+    (out / "index.md").write_text("\n".join(index), "utf-8", "backslashreplace")
     print(f"written to {out}; start with {out / 'index.md'}")
     return 0
 

@@ -79,7 +79,7 @@ def write_source(
 
 def _write_text(path: Path, sequences: Sequence[SeenSequence]) -> list[str]:
     lines = [f"[{path.name}]({path.name}) holds these slots, sequence by sequence:", ""]
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
         for slot, members in groupby(sequences, key=lambda sequence: sequence.slot):
             place = f"step {slot.step}, slot {slot.slot}"
             for sequence in members:

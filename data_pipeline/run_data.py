@@ -74,7 +74,11 @@ class RunData:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 hex; two runs with the same have the same slots, symbol for symbol."""
+        """sha256 hex; two runs with the same have the same slots, symbol for symbol.
+
+        Of media the index knows the layout of the rows, not their content: a shard written again
+        with other content and the same sizes has the same fingerprint.
+        """
         content = [
             self.plan.fingerprint,
             self.config.batch_size,

@@ -4,23 +4,26 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from arbitor.errors import UserError
 from arbitor.modality import BYTE_MODALITIES
-from data_pipeline.files import FoundFile, ShardError
+from data_pipeline.files import FoundFile, ShardError, first_line
 from data_pipeline.format import jsonl, plain_text, shard, webdataset
 from data_pipeline.format.open_shard import open_shard
 from data_pipeline.format.shard import Columns, Group
 from data_pipeline.manifest import Segment
 from data_pipeline.row_id import digest_of, row_ids
 
-VERSION = 1  # of what stands in the cache; raise it with any change of groups or digests
+VERSION = 2  # of what stands in the cache; raise it with any change of groups or digests
 SEGMENT_SYMBOLS = 16 << 20  # a larger group of text is cut, so that a window fits in memory
 
 
 def cached_scan(file: FoundFile, modality: str, columns: Columns, cache: Path) -> list[Segment]:
     """The segments of a shard, all as of shard number 0; from `cache` where it is not changed.
+
+    An entry that cannot be parsed, after a crash of the machine, is written again.
 
     Raises UserError naming the file.
     """
@@ -28,17 +31,29 @@ def cached_scan(file: FoundFile, modality: str, columns: Columns, cache: Path) -
     kind = "text" if modality in BYTE_MODALITIES else modality
     key = json.dumps([VERSION, *file, kind, *columns, SEGMENT_SYMBOLS, *sizes])
     path = cache / (hashlib.sha256(key.encode()).hexdigest()[:32] + ".json")
-    if path.exists():
+    with storage_errors(cache), suppress(FileNotFoundError, ValueError, TypeError):
         return [Segment(*values) for values in json.loads(path.read_text())]
     try:
         segments = scan(file.place, modality, columns)
     except ShardError as error:
         raise UserError(str(error)) from error
     partial = path.with_suffix(f".{os.getpid()}")
-    cache.mkdir(parents=True, exist_ok=True)
-    partial.write_text(json.dumps(segments))
-    partial.replace(path)
+    with storage_errors(cache):
+        cache.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(segments))
+        partial.replace(path)
     return segments
+
+
+@contextmanager
+def storage_errors(folder: Path) -> Iterator[None]:
+    """A folder that is not there to be written to is a mistake in the configuration."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"storage: {folder} cannot be written ({first_line(error)}); name another folder"
+        ) from error
 
 
 def scan(place: str, modality: str, columns: Columns) -> list[Segment]:

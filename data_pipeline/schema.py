@@ -21,10 +21,10 @@ LAST_BREAKPOINT = 10_000_000  # a schedule is worked out step by step up to its 
 class SourceConfig:
     """One weighted source: a set of shards of one modality.
 
-    `path` is a file, a folder (all its files, recursively) or a glob, on this machine or at a URI
-    that pyarrow knows (file://, s3://, gs://); `sample://text` and the like are small shards made
-    on this machine. Parquet, JSONL and WebDataset tar rows are read by column (or key); any other
-    file of text or code is plain text.
+    `path` is a file, a folder (recursively) or a glob, on this machine or at a URI that pyarrow
+    knows (file://, s3://, gs://); `sample://text` and the like are small shards made on this
+    machine. Parquet, JSONL and WebDataset tar rows are read by column (or key); where there are
+    none of these, files of text or code are plain text (`index.choose_shards`).
 
     `weight` is the source's share of the slots, relative to the other sources: a constant, or
     [[step, weight], ...], linear between the points and constant after the last.
@@ -61,7 +61,9 @@ class DataConfig:
     slots_per_step: int = 4
     eval_fraction: float = 0.02  # of each source's rows, the last ones; never trained on
     eval_slots: int = 64  # held-out slots per source at most
-    max_bad_fraction: float = 0.01  # of a source's rows; with more undecodable ones the run stops
+    # Of a source's pictures, sounds or films; with more undecodable ones the run stops. Of text and
+    # code the index refuses the first shard with a row that cannot be read.
+    max_bad_fraction: float = 0.01
     # Processes that read and decode for one worker, one more than the cores that they are to fill:
     # Ray Data takes up to 0.1 s to see that a task has ended. Ray counts no CPUs for them, because
     # trainers may hold all of those: leave cores over for them.

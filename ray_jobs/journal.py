@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.files import drop_torn_line
+
 JOURNAL = "metrics.jsonl"
 SAVE_S = "checkpoint/save_s"
 CHANGED = "from here on"  # how a note begins after which steps need not repeat those before it
@@ -64,7 +66,7 @@ class Journal:
 
     def __init__(self, folder: Path, start: int = 0):
         path = folder / JOURNAL
-        _drop_torn_line(path)
+        drop_torn_line(path)
         self.last_step = 0
         self._starts: Counter[str] = Counter()
         self._replayed: dict[int, dict[str, float]] = {}
@@ -153,14 +155,3 @@ def _compare(step: int, first: dict[str, float], now: dict[str, float]) -> None:
             f"step {step} does not repeat what is recorded of it ({'; '.join(different[:5])}):"
             " something in its data, program or machine has changed"
         )
-
-
-def _drop_torn_line(path: Path) -> None:
-    """A writer that was killed may leave half a line; whole lines before it stay."""
-    if not path.exists():
-        return
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        with open(path, "rb+") as file:
-            file.truncate(whole)

@@ -54,6 +54,7 @@ class Recorder:
         self.checkpoints = CheckpointWriter(config.folder / CHECKPOINTS, config.keep_checkpoints)
         self._reader = ThreadPoolExecutor(1)
         self._held_out: dict[str, Future[list[PackedSlot]]] = {}
+        self._told: set[str] = set()  # the sources whose held-out rows were looked at
 
     def __call__(self, report: StepReport) -> None:
         done = report.step + 1
@@ -67,7 +68,7 @@ class Recorder:
                 metrics |= self.validation_metrics()
             metrics["throughput/validation_s"] = time.perf_counter() - started
         if self.config.sample_interval and self._due(done, self.config.sample_interval):
-            held_out = {source: slots.result() for source, slots in self._held_out.items()}
+            held_out = self.held_out_slots()
             with self.heartbeat.phase("samples"):
                 write_samples(self.model, self.config, done, held_out)
         self.journal.append(done, metrics | self.blocked)
@@ -140,15 +141,27 @@ class Recorder:
         """Mean loss over each source's fixed held-out slots."""
         metrics = {}
         device = next(self.model.buffers()).device
-        for source, slots in self._held_out.items():
-            if slots.result():
-                means = evaluate(self.model, (to_batch(slot, device) for slot in slots.result()))
+        for source, slots in self.held_out_slots().items():
+            if slots:
+                means = evaluate(self.model, (to_batch(slot, device) for slot in slots))
                 metrics[f"validation/{source}"] = means.pop("loss")
                 if self.modality_of(source) in BYTE_MODALITIES:
                     metrics[f"bits_per_byte/{source}"] = means["bytes"] / math.log(2)
                 else:
                     metrics |= {f"validation_parts/{source}/{k}": v for k, v in means.items()}
         return metrics
+
+    def held_out_slots(self) -> dict[str, list[PackedSlot]]:
+        """By source, once they are read; what is wrong with them is told the first time."""
+        held_out = {source: slots.result() for source, slots in self._held_out.items()}
+        for source in held_out.keys() - self._told:
+            self._told.add(source)
+            self.bad_rows.list_held_out(held_out[source])
+            if self.data.manifests[source].eval_segments and not held_out[source]:
+                self.journal.note(
+                    f"{source}: not one of its held-out rows can be decoded, so it is not validated"
+                )
+        return held_out
 
     def save(self, done: int) -> None:
         """Begins a checkpoint; the last one is written when `close` returns."""

@@ -8,9 +8,9 @@ import numpy as np
 import soundfile
 import soxr
 
-from arbitor.audio_codec import FRAMES_PER_SECOND, SAMPLING_RATE, encode
+from arbitor.audio_codec import SAMPLING_RATE, encode, num_frames
 from arbitor.errors import UserError
-from data_pipeline.decode.content import ContentError, content_errors
+from data_pipeline.decode.content import ContentError, content_errors, validate_length
 
 FORMATS = ("WAV", "WAVEX", "FLAC", "OGG", "MP3")
 MAX_CHANNELS = 16
@@ -26,19 +26,19 @@ class AudioConfig:
     sequence_length: int = 256  # positions of a row, transcript and specials included
 
     @property
+    def samples(self) -> int:
+        """Of the longest clip, at 16 kHz."""
+        return math.ceil(self.seconds_max * SAMPLING_RATE)
+
+    @property
     def positions(self) -> int:
         """The frames of the longest clip."""
-        return math.ceil(self.seconds_max * FRAMES_PER_SECOND)
+        return num_frames(self.samples)
 
     def validate(self) -> None:
         if self.seconds_max <= 0:
             raise UserError(f"data.audio.seconds_max: must be above 0, not {self.seconds_max}")
-        if self.sequence_length < self.positions + 2:
-            raise UserError(
-                f"data.audio.sequence_length: {self.positions} frames and 2 specials do not fit "
-                f"{self.sequence_length}; set it to {self.positions + 2} or more, or seconds_max "
-                f"lower"
-            )
+        validate_length("data.audio", self.sequence_length, self.positions, "frames", "seconds_max")
 
 
 def decode_audio(content: bytes, config: AudioConfig) -> np.ndarray:
@@ -61,7 +61,7 @@ def decode_audio(content: bytes, config: AudioConfig) -> np.ndarray:
             raise ContentError("a sample is not a finite number")
         if file.samplerate != SAMPLING_RATE:
             mono = soxr.resample(mono, file.samplerate, SAMPLING_RATE)
-    return np.clip(mono[: math.ceil(config.seconds_max * SAMPLING_RATE)], -1, 1)
+    return np.clip(mono[: config.samples], -1, 1)
 
 
 def decode_audio_codes(content: bytes, config: AudioConfig) -> np.ndarray:

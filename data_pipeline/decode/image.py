@@ -6,7 +6,7 @@ import numpy as np
 
 from arbitor.errors import UserError
 from arbitor.media.picture import PICTURE_ERRORS, decode_picture
-from data_pipeline.decode.content import content_errors
+from data_pipeline.decode.content import content_errors, validate_length
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,7 @@ class ImageConfig:
 
     def validate(self) -> None:
         validate_patches("data.image", self.size, self.patch)
-        if self.sequence_length < self.positions + 2:
-            raise UserError(
-                f"data.image.sequence_length: {self.positions} patches and 2 specials do not fit "
-                f"{self.sequence_length}; set it to {self.positions + 2} or more, or size lower"
-            )
+        validate_length("data.image", self.sequence_length, self.positions, "patches", "size")
 
 
 def validate_patches(section: str, size: int, patch: int) -> None:

@@ -11,7 +11,7 @@ import av
 import numpy as np
 
 from arbitor.errors import UserError
-from data_pipeline.decode.content import ContentError, content_errors
+from data_pipeline.decode.content import ContentError, content_errors, validate_length
 from data_pipeline.decode.image import validate_patches
 
 MAX_FRAME_PIXELS = 8192 * 4320
@@ -45,12 +45,9 @@ class VideoConfig:
             raise UserError(
                 f"data.video.frames_per_second: must be above 0, not {self.frames_per_second}"
             )
-        if self.sequence_length < self.positions + 2:
-            raise UserError(
-                f"data.video.sequence_length: {self.positions} patches and 2 specials do not fit "
-                f"{self.sequence_length}; set it to {self.positions + 2} or more, or size or "
-                f"num_frames lower"
-            )
+        validate_length(
+            "data.video", self.sequence_length, self.positions, "patches", "size or num_frames"
+        )
 
 
 def decode_video(content: bytes, config: VideoConfig) -> np.ndarray:

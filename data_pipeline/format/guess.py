@@ -9,7 +9,7 @@ from itertools import islice
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipeline.files import BUFFER_BYTES, open_file
+from data_pipeline.files import BUFFER_BYTES, PatientFile
 from data_pipeline.format.open_shard import (
     JSONL_SUFFIXES,
     PARQUET_SUFFIXES,
@@ -17,6 +17,7 @@ from data_pipeline.format.open_shard import (
 )
 from data_pipeline.format.webdataset import ENDINGS
 
+UNREADABLE = (OSError, EOFError, ValueError, IndexError, RecursionError, StopIteration)
 MEMBERS = 16  # of a tar file that are looked at
 
 
@@ -33,21 +34,21 @@ def _names(place: str) -> Iterable[str]:
     name = place.lower()
     try:
         if name.endswith(PARQUET_SUFFIXES):
-            return pq.ParquetFile(open_file(place)).schema_arrow.names
+            return pq.ParquetFile(PatientFile(place)).schema_arrow.names
         if name.endswith(JSONL_SUFFIXES):
-            with io.BufferedReader(open_file(place), BUFFER_BYTES) as file:
+            with io.BufferedReader(PatientFile(place), BUFFER_BYTES) as file:
                 row = json.loads(next(line for line in file if line.strip()))
             return row if isinstance(row, dict) else ()
         if name.endswith(TAR_SUFFIXES):
             return [_modality_of_file(member) for member in _members(place)]
-    except (pa.ArrowException, OSError, ValueError, StopIteration, tarfile.TarError):
+    except (*UNREADABLE, pa.ArrowException, tarfile.TarError):
         return ()
     return [_modality_of_file(name)]
 
 
 def _members(place: str) -> list[str]:
     with (
-        io.BufferedReader(open_file(place), BUFFER_BYTES) as file,
+        io.BufferedReader(PatientFile(place), BUFFER_BYTES) as file,
         tarfile.open(fileobj=file, mode="r:") as tar,
     ):
         return [member.name for member in islice(tar, MEMBERS)]

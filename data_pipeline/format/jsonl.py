@@ -14,7 +14,7 @@ from typing import Any
 
 from arbitor.errors import UserError
 from data_pipeline.decode.content import ContentError
-from data_pipeline.files import BUFFER_BYTES, open_file
+from data_pipeline.files import BUFFER_BYTES, PatientFile, first_line, read_range
 from data_pipeline.format.shard import (
     Columns,
     Group,
@@ -22,7 +22,6 @@ from data_pipeline.format.shard import (
     MediaRow,
     content_beside,
     cut_long,
-    first_line,
 )
 
 GROUP_BYTES = 256 << 10
@@ -33,7 +32,7 @@ class JsonlShard:
         self._place, self._columns = place, columns
 
     def groups(self) -> Iterator[Group]:
-        with io.BufferedReader(open_file(self._place), BUFFER_BYTES) as file:
+        with io.BufferedReader(PatientFile(self._place), BUFFER_BYTES) as file:
             start = 0
             while file.read(GROUP_BYTES):
                 file.readline()
@@ -46,7 +45,7 @@ class JsonlShard:
             try:
                 rows.append(self._text(line))
             except ContentError as error:
-                before = read_range(self._place, Group(0, group.location)).count(b"\n")
+                before = read_range(self._place, 0, group.location).count(b"\n")
                 raise UserError(f"{self._place}:{before + number + 1}: {error}") from error
         return cut_long(rows)
 
@@ -59,18 +58,18 @@ class JsonlShard:
 
     def media_groups(self) -> Iterator[MediaGroup]:
         for group in self.groups():
-            data = read_range(self._place, group)
+            data = read_range(self._place, *group)
             rows = sum(1 for line in data.split(b"\n") if line.strip())
             yield MediaGroup(group, rows, len(data), _digest(data))
 
     def read_media(self, group: Group, start: int, stop: int) -> tuple[list[MediaRow], str]:
-        data = read_range(self._place, group)
+        data = read_range(self._place, *group)
         lines = [line for line in data.split(b"\n") if line.strip()]
         return [self._media_row(line) for line in lines[start:stop]], _digest(data)
 
     def _lines(self, group: Group) -> Iterator[tuple[int, bytes]]:
         """(number in the group, line) of those that are rows."""
-        lines = read_range(self._place, group).split(b"\n")
+        lines = read_range(self._place, *group).split(b"\n")
         return ((i, line) for i, line in enumerate(lines) if line.strip())
 
     def _text(self, line: bytes) -> bytes:
@@ -113,13 +112,6 @@ class JsonlShard:
         if not isinstance(path, str):
             raise ContentError(f"{self._columns.content} is {type(path).__name__}")
         return content_beside(self._place, path)
-
-
-def read_range(place: str, group: Group) -> bytes:
-    """The bytes of a group. Raises ShardError."""
-    with open_file(place) as file:
-        file.seek(group.location)
-        return file.read(group.length)
 
 
 def _encoded(text: str | None) -> bytes:

@@ -15,31 +15,37 @@ import pyarrow.parquet as pq
 
 from arbitor.errors import UserError
 from data_pipeline.decode.content import ContentError
-from data_pipeline.files import open_file
+from data_pipeline.files import PatientFile, first_line
 from data_pipeline.format.shard import (
+    QUOTED,
     Columns,
     Group,
     MediaGroup,
     MediaRow,
     content_beside,
     cut_long,
-    first_line,
 )
 
 BATCH_ROWS = 64
-GROUP_BYTES = 1 << 30  # of media in a row group, at most
+GROUP_BYTES = 1 << 30  # of the column that is read, in a row group, at most
 
 
 class ParquetShard:
     def __init__(self, place: str, columns: Columns):
         self._place, self._columns = place, columns
         with _content_errors(f"{place}: not a readable Parquet file"):
-            self._file = pq.ParquetFile(open_file(place))
+            self._file = pq.ParquetFile(PatientFile(place))
         self._schema = self._file.schema_arrow
 
     def groups(self) -> Iterator[Group]:
         self._check_text(required=True)
-        return (Group(number, 0) for number in range(self._file.num_row_groups))
+        for number in range(self._file.num_row_groups):
+            self._check_size(number, self.text_bytes(number))
+            yield Group(number, 0)
+
+    def text_bytes(self, number: int) -> int:
+        """Of the text column in a row group, before compression."""
+        return self._describe(number, self._columns.text)[1]
 
     def read(self, group: Group) -> list[bytes]:
         return cut_long(self.rows(group))
@@ -56,12 +62,8 @@ class ParquetShard:
         self._check_content()
         self._check_text(required=self._columns.text != "text")
         for number in range(self._file.num_row_groups):
-            rows, num_bytes, digest = self._describe(number)
-            if num_bytes > GROUP_BYTES:
-                raise UserError(
-                    f"{self._place}: row group {number} has {num_bytes / 1e9:.1f} GB and can only"
-                    f" be read whole; write them with about 100 MB each (row_group_size)"
-                )
+            rows, num_bytes, digest = self._describe(number, self._columns.content)
+            self._check_size(number, num_bytes)
             yield MediaGroup(Group(number, 0), rows, num_bytes, digest)
 
     def read_media(self, group: Group, start: int, stop: int) -> tuple[list[MediaRow], str]:
@@ -83,7 +85,7 @@ class ParquetShard:
         except (pa.ArrowException, OSError, IndexError) as error:
             problem = f"row group {group.location} is corrupt ({first_line(error)})"
             rows += [MediaRow(problem=problem)] * (stop - start - len(rows))
-        return rows, self._describe(group.location)[2]
+        return rows, self._describe(group.location, self._columns.content)[2]
 
     def _media_rows(self, batch: pa.RecordBatch) -> list[MediaRow]:
         contents, paths = self._contents(batch.column(self._columns.content))
@@ -94,7 +96,7 @@ class ParquetShard:
         for content, path, text in zip(contents, paths, texts, strict=True):
             try:
                 if content is None and path is not None:
-                    content = content_beside(self._place, path)
+                    content = self._content_at(path)
                 if content is None:
                     raise ContentError(f"{self._columns.content} is null")
             except ContentError as error:
@@ -103,26 +105,43 @@ class ParquetShard:
                 rows.append(MediaRow(content, text or b""))
         return rows
 
+    def _content_at(self, path: bytes) -> bytes:
+        try:
+            name = path.decode()
+        except UnicodeDecodeError as error:
+            raise ContentError(f"its path {path[:QUOTED]!r} is not UTF-8") from error
+        return content_beside(self._place, name)
+
     def _contents(self, column: pa.Array) -> tuple[list, list]:
+        """Contents, and paths as they are stored: beside content they may hold anything."""
         nothing = [None] * len(column)
         if not pa.types.is_struct(column.type):
             return column.to_pylist(), nothing
         fields = dict(zip((f.name for f in column.type), column.flatten(), strict=True))
-        paths = fields["path"].to_pylist() if "path" in fields else nothing
+        paths = nothing
+        if "path" in fields:
+            paths = fields["path"].cast(pa.large_binary()).to_pylist()
         return (fields["bytes"].to_pylist() if "bytes" in fields else nothing), paths
 
-    def _describe(self, number: int) -> tuple[int, int, str]:
-        """Rows, bytes of the content column, and a digest of the layout of a row group."""
+    def _describe(self, number: int, name: str) -> tuple[int, int, str]:
+        """Rows, bytes of the column `name`, and a digest of the layout of a row group."""
         row_group = self._file.metadata.row_group(number)
         layout, num_bytes = [], 0
         for i in range(row_group.num_columns):
             chunk = row_group.column(i)
             sizes = (chunk.total_compressed_size, chunk.total_uncompressed_size)
             layout.append([chunk.path_in_schema, chunk.num_values, *sizes, chunk.data_page_offset])
-            if chunk.path_in_schema.split(".")[0] == self._columns.content:
+            if chunk.path_in_schema.split(".")[0] == name:
                 num_bytes += chunk.total_uncompressed_size
         content = json.dumps([row_group.num_rows, layout]).encode()
         return row_group.num_rows, num_bytes, hashlib.blake2b(content, digest_size=16).hexdigest()
+
+    def _check_size(self, number: int, num_bytes: int) -> None:
+        if num_bytes > GROUP_BYTES:
+            raise UserError(
+                f"{self._place}: row group {number} has {num_bytes / 1e9:.1f} GB and can only"
+                f" be read whole; write them with about 100 MB each (row_group_size)"
+            )
 
     def _check_text(self, required: bool) -> None:
         name = self._columns.text
@@ -134,7 +153,7 @@ class ParquetShard:
                 )
             return
         kind = self._schema.field(name).type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        if not _is_string(kind.value_type if pa.types.is_dictionary(kind) else kind):
             raise UserError(
                 f"{self._place}: column {name!r} has type {kind}, expected string; "
                 f"convert it or set text_column to another"
@@ -168,7 +187,8 @@ def _is_binary(kind: pa.DataType) -> bool:
 
 
 def _is_string(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    return any(is_kind(kind) for is_kind in kinds)
 
 
 @contextmanager

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
+from arbitor.errors import UserError
 from data_pipeline.decode.content import ContentError
-from data_pipeline.files import open_file
-from data_pipeline.format.jsonl import read_range
+from data_pipeline.files import PatientFile, read_range
 from data_pipeline.format.shard import Group
 
 GROUP_BYTES = 256 << 10
@@ -15,12 +15,12 @@ class PlainTextShard:
 
     def __init__(self, place: str):
         self._place = place
-        with open_file(place) as file:
+        with PatientFile(place) as file:
             size = file.seek(0, 2)
         self._row_bytes = min(64 << 10, max(1 << 10, size // 64))
 
     def groups(self) -> Iterator[Group]:
-        with open_file(self._place) as file:
+        with PatientFile(self._place) as file:
             start = 0
             while data := file.read(GROUP_BYTES + self._row_bytes):
                 ends = self._row_ends(data)
@@ -31,13 +31,22 @@ class PlainTextShard:
                 file.seek(start)
 
     def read(self, group: Group) -> list[bytes]:
-        data = read_range(self._place, group)
-        ends = self._row_ends(data)
-        return [data[i:j] for i, j in zip([0, *ends], ends, strict=False)]
+        data = read_range(self._place, *group)
+        if b"\0" in data:
+            raise UserError(
+                f"{self._place}: a zero byte at byte {group.location + data.index(0)}: not text in"
+                " UTF-8; convert it, or leave it out with a glob such as **/*.txt"
+            )
+        return self._cut(data)
 
     def rows(self, group: Group) -> list[bytes | ContentError]:
         binary = ContentError("holds zero bytes: not text")
-        return [binary if b"\0" in row else row for row in self.read(group)]
+        rows = self._cut(read_range(self._place, *group))
+        return [binary if b"\0" in row else row for row in rows]
+
+    def _cut(self, data: bytes) -> list[bytes]:
+        ends = self._row_ends(data)
+        return [data[i:j] for i, j in zip([0, *ends], ends, strict=False)]
 
     def _row_ends(self, data: bytes) -> list[int]:
         ends = [0]

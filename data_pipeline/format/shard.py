@@ -9,9 +9,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from data_pipeline.decode.content import ContentError
-from data_pipeline.files import beside, read_file
+from data_pipeline.files import beside, first_line, read_file
 
 ROW_BYTES = 4 << 20  # a longer row of text is cut, so that a window of it fits in memory
+PATH_LENGTH, NAME_LENGTH = 4096, 255  # of a file and of each part of it, as Linux allows them
+QUOTED = 80  # characters of a name in a message
 
 
 class Group(NamedTuple):
@@ -79,12 +81,11 @@ def content_beside(place: str, name: str) -> bytes:
 
     ContentError for what no file can be called.
     """
+    parts = name.encode("utf-8", "replace").split(b"/")
+    if not name or len(name) > PATH_LENGTH or max(map(len, parts)) > NAME_LENGTH:
+        said = repr(name[:QUOTED]) + ("..." if len(name) > QUOTED else "")
+        raise ContentError(f'{said} is not a path; give encoded content as {{"bytes": base64}}')
     try:
         return read_file(beside(place, name))
     except ValueError as error:
-        raise ContentError(f"{name!r} is not a path ({first_line(error)})") from error
-
-
-def first_line(error: Exception) -> str:
-    lines = str(error).splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".")
+        raise ContentError(f"{name[:QUOTED]!r} is not a path ({first_line(error)})") from error

@@ -1,7 +1,9 @@
 """WebDataset shards: tar files whose consecutive members with the same key are one row.
 
-The key of a member is its path up to the first dot of its name. A row's content is its first
-member of the modality, its text the .txt member or the text column's key in the .json member.
+The key of a member is its path up to the first dot of its name, its ending what comes after that
+dot; a name without one of the two is no member of a row. A row's content is the member that ends as
+the content column is called, else its first one of the modality; its text the member that ends as
+the text column is called, else the .txt member, else the text column's key in the .json member.
 """
 
 import hashlib
@@ -13,22 +15,20 @@ from itertools import groupby
 
 from arbitor.errors import UserError
 from data_pipeline.decode.content import ContentError
-from data_pipeline.files import BUFFER_BYTES, ShardError, open_file
-from data_pipeline.format.jsonl import read_range
+from data_pipeline.files import BUFFER_BYTES, PatientFile, ShardError, first_line, read_range
 from data_pipeline.format.shard import (
     Columns,
     Group,
     MediaGroup,
     MediaRow,
     cut_long,
-    first_line,
 )
 
 GROUP_BYTES = 4 << 20
 ENDINGS = {
     "image": ("jpg", "jpeg", "png", "webp"),
-    "audio": ("flac", "wav", "mp3", "ogg"),
-    "video": ("mp4", "webm"),
+    "audio": ("flac", "wav", "mp3", "ogg", "oga", "opus"),
+    "video": ("mp4", "m4v", "mov", "webm", "mkv"),
 }
 
 
@@ -43,21 +43,24 @@ class WebDatasetShard:
         rows = []
         for row in self.rows(group):
             if isinstance(row, ContentError):
-                raise UserError(f"{self._place}: {row}; mend it") from row
+                raise UserError(f"{self._place}: {row}") from row
             rows.append(row)
         return cut_long(rows)
 
     def rows(self, group: Group) -> Iterator[bytes | ContentError]:
-        for members in self._samples(group):
+        for name, fields in self._samples(group):
             try:
-                yield self._text({ending: data for _, ending, data in members})
+                text = self._text(fields)
+                if text is None:
+                    raise self._no_text(fields)
+                yield text
             except ContentError as error:
-                yield ContentError(f"{members[0][0]}: {error}")
+                yield ContentError(f"{name}: {error}")
 
     def media_groups(self) -> Iterator[MediaGroup]:
         """Reads the headers alone, seeking from one to the next."""
         start, stop, rows, digests = 0, 0, 0, []
-        for _, sample in groupby(self._headers(), key=lambda header: _key(header.name)):
+        for _, sample in groupby(self._headers(), key=lambda header: _split(header.name)[0]):
             members = list(sample)
             if rows and members[0].offset - start >= GROUP_BYTES:
                 yield MediaGroup(Group(start, stop - start), rows, stop - start, _join(digests))
@@ -73,15 +76,24 @@ class WebDatasetShard:
     def read_media(self, group: Group, start: int, stop: int) -> tuple[list[MediaRow], str]:
         digests: list[str] = []
         samples = self._samples(group, digests)
-        return [self._media_row(sample) for sample in samples[start:stop]], _join(digests)
+        return [self._media_row(fields) for _, fields in samples[start:stop]], _join(digests)
 
     def _headers(self) -> Iterator[tarfile.TarInfo]:
-        """Of the members that are files, in order."""
-        with io.BufferedReader(open_file(self._place), BUFFER_BYTES) as file:
+        """Of the members of rows, in order."""
+        with io.BufferedReader(PatientFile(self._place), BUFFER_BYTES) as file:
             try:
                 with tarfile.open(fileobj=file, mode="r:") as tar:
-                    yield from (header for header in tar if header.isfile())
+                    for header in filter(_is_member, tar):
+                        if not header.isfile():
+                            raise UserError(
+                                f"{self._place}: {header.name} is a link to {header.linkname} and"
+                                " holds nothing itself; write it again with tar --dereference"
+                                " --hard-dereference"
+                            )
+                        yield header
                     file.seek(tar.offset)
+            except UserError:
+                raise
             except (tarfile.TarError, EOFError, ValueError) as error:
                 raise self._broken(first_line(error)) from error
             if file.read(512).strip(b"\0"):
@@ -90,53 +102,82 @@ class WebDatasetShard:
     def _broken(self, reason: str) -> UserError:
         return UserError(f"{self._place}: not a whole tar file ({reason}); write it again")
 
-    def _samples(self, group: Group, digests: list[str] | None = None) -> list[list]:
-        """The rows of a group as lists of (name, ending, data)."""
+    def _samples(
+        self, group: Group, digests: list[str] | None = None
+    ) -> list[tuple[str, dict[str, bytes]]]:
+        """The rows of a group: the name of the first member, and the members by their ending."""
         members = []
         try:
-            with tarfile.open(fileobj=io.BytesIO(read_range(self._place, group)), mode="r:") as tar:
-                for header in tar:
-                    if header.isfile():
-                        data = tar.extractfile(header).read()
-                        ending = header.name.rpartition(".")[2].lower()
-                        members.append((header.name, ending, data))
-                        if digests is not None:
-                            digests.append(_describe(header))
-        except (tarfile.TarError, EOFError, ValueError) as error:
+            data = io.BytesIO(read_range(self._place, *group))
+            with tarfile.open(fileobj=data, mode="r:") as tar:
+                for header in filter(_is_member, tar):
+                    members.append((header.name, tar.extractfile(header).read()))
+                    if digests is not None:
+                        digests.append(_describe(header))
+        except (tarfile.TarError, EOFError, KeyError, ValueError) as error:
             raise ShardError(
                 f"{self._place}: changed since it was indexed ({first_line(error)}); restore it or"
                 " start a new run"
             ) from error
-        return [list(sample) for _, sample in groupby(members, key=lambda m: _key(m[0]))]
+        samples = []
+        for _, sample in groupby(members, key=lambda member: _split(member[0])[0]):
+            (name, content), *others = sample
+            fields = {_split(name)[1]: content}
+            for other, content in others:
+                fields.setdefault(_split(other)[1], content)
+            samples.append((name, fields))
+        return samples
 
-    def _media_row(self, members: list[tuple[str, str, bytes]]) -> MediaRow:
-        by_ending = {ending: data for _, ending, data in members}
+    def _media_row(self, fields: dict[str, bytes]) -> MediaRow:
         try:
-            text = self._text(by_ending)
+            text = self._text(fields) or b""
         except ContentError as error:
             return MediaRow(problem=str(error))
-        for ending in by_ending:
-            if ending in ENDINGS[self._modality]:
-                return MediaRow(by_ending[ending], text)
-        found = ", ".join(name for name, _, _ in members)
-        return MediaRow(problem=f"no {self._modality} member, found {found}")
+        named = self._columns.content.lower()
+        endings = [ending for ending in fields if ending in ENDINGS[self._modality]]
+        if named in fields or endings:
+            return MediaRow(fields[named if named in fields else endings[0]], text)
+        found = ", ".join(fields)
+        return MediaRow(problem=f"no {self._modality} member, found {found}; set content_column")
 
-    def _text(self, by_ending: dict[str, bytes]) -> bytes:
-        if "txt" in by_ending:
-            return by_ending["txt"]
-        if "json" not in by_ending:
-            return b""
+    def _text(self, fields: dict[str, bytes]) -> bytes | None:
+        """None where there is none."""
+        for ending in (self._columns.text.lower(), "txt"):
+            if ending in fields:
+                return fields[ending]
+        if "json" not in fields:
+            return None
         try:
-            text = json.loads(by_ending["json"]).get(self._columns.text)
-            return (text or "").encode("utf-8", "surrogatepass")
+            values = json.loads(fields["json"])
+            text = values.get(self._columns.text)
+            known = self._columns.text in values
+            return (text or "").encode("utf-8", "surrogatepass") if known else None
         except (ValueError, RecursionError, AttributeError) as error:
-            reason = f"its .json is no object with a text ({first_line(error)})"
+            reason = f"its .json is no object with a text ({first_line(error)}); mend it"
             raise ContentError(reason) from error
 
+    def _no_text(self, fields: dict[str, bytes]) -> ContentError:
+        name = self._columns.text
+        keys = f" ({', '.join(json.loads(fields['json']))})" if "json" in fields else ""
+        found = ", ".join(ending + keys * (ending == "json") for ending in fields)
+        return ContentError(
+            f"no .txt or .{name} member and no key {name!r} in a .json, found {found};"
+            " set text_column"
+        )
 
-def _key(name: str) -> str:
+
+def _split(name: str) -> tuple[str, str]:
+    """Key and ending of a member."""
     folder, slash, base = name.rpartition("/")
-    return folder + slash + base.split(".")[0]
+    key, _, ending = base.partition(".")
+    return folder + slash + key, ending.lower()
+
+
+def _is_member(header: tarfile.TarInfo) -> bool:
+    """Of a row; a link is taken for one, to be refused."""
+    key, ending = _split(header.name)
+    is_named = ending and key and not key.endswith("/")
+    return bool(is_named) and (header.isfile() or header.islnk() or header.issym())
 
 
 def _describe(header: tarfile.TarInfo) -> str:

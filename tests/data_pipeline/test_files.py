@@ -6,7 +6,7 @@ import pytest
 
 from arbitor.errors import UserError
 from data_pipeline import files
-from data_pipeline.files import ShardError, beside, find_files, open_file, read_file
+from data_pipeline.files import PatientFile, ShardError, beside, find_files, read_file
 from tests.data_pipeline.flaky import flaky_files
 
 NAMES = ["b.txt", "a b#1?.txt", "sub/\N{SNOWMAN} é%20.txt", "sub/deep/[x].txt", ".hidden", "c.csv"]
@@ -72,13 +72,13 @@ def test_reading_in_pieces_through_faults(folder):
     (folder / "large").write_bytes(content)
     with flaky_files() as flaky:
         before = flaky.failures
-        with open_file(str(folder / "large")) as file:
+        with PatientFile(str(folder / "large")) as file:
             assert file.seek(-10, io.SEEK_END) == len(content) - 10
             assert file.read(100) == content[-10:] and file.read() == b""
             file.seek(5)
             pieces = [file.read(1000) for _ in range(200)]
             assert b"".join(pieces) == content[5:]
-        with io.BufferedReader(open_file(str(folder / "large")), 777) as file:
+        with io.BufferedReader(PatientFile(str(folder / "large")), 777) as file:
             assert b"".join(file) == content
         assert flaky.failures - before > 30
 
@@ -86,11 +86,11 @@ def test_reading_in_pieces_through_faults(folder):
 def test_patience_ends(folder, monkeypatch):
     pauses = []
     monkeypatch.setattr(files.time, "sleep", pauses.append)
-    file = open_file(str(folder / "b.txt"))
+    file = PatientFile(str(folder / "b.txt"))
     (folder / "b.txt").write_text("")
     with pytest.raises(ShardError, match="b.txt: cannot be read .*tried 4 times"):
         file.read()
     (folder / "b.txt").unlink()
     with pytest.raises(ShardError, match="b.txt: cannot be read .*b.txt.*; restore it"):
-        open_file(str(folder / "b.txt"))
+        PatientFile(str(folder / "b.txt"))
     assert pauses == [0.2, 1.0, 3.0] * 2

@@ -14,7 +14,7 @@ from data_pipeline import files
 from data_pipeline.bad_rows import BadDataError, BadRows
 from data_pipeline.files import ShardError
 from data_pipeline.index import index_sources
-from data_pipeline.run_data import read_slots
+from data_pipeline.run_data import held_out_slots, read_slots
 from data_pipeline.schema import DataConfig, SourceConfig
 from tests.data_pipeline.media import encode_image
 from tests.data_pipeline.media_shards import (
@@ -138,6 +138,8 @@ def test_a_row_group_that_no_memory_holds_is_refused(tmp_path, monkeypatch):
     write_media_parquet(tmp_path / "rows.parquet", media_rows("image", 20), "image", group=20)
     monkeypatch.setattr("data_pipeline.format.parquet.GROUP_BYTES", 1000)
     refused(tmp_path / "rows.parquet", "image", "row group 0 has 0.0 GB", "row_group_size")
+    write_parquet(tmp_path / "text.parquet", numbered_rows(50), group=20)
+    refused(tmp_path / "text.parquet", "text", "row group 0 has 0.0 GB", "row_group_size")
 
 
 def test_wrong_json_of_images_is_counted(tmp_path):
@@ -253,6 +255,27 @@ def test_bad_rows_are_written_down_once_and_counted(tmp_path):
     ]
     assert all(e["reason"] == "no bytes" for e in entries)
     assert watched.counts() == {"image": 2}
+
+
+def test_a_torn_last_line_of_bad_rows_is_written_again(tmp_path):
+    data = bad_images(tmp_path, {5, 41}, count=200)
+    list(BadRows(tmp_path, 0, data).watch(read_slots(data, 0, 40, 0, 1)))
+    path = tmp_path / "bad-rows-0.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20])
+    for _ in range(2):
+        watched = BadRows(tmp_path, 0, data)
+        list(watched.watch(read_slots(data, 0, 40, 0, 1)))
+        assert path.read_bytes() == whole and watched.counts() == {"image": 2}
+
+
+def test_bad_rows_among_held_out_ones_are_listed_and_stop_nothing(tmp_path):
+    bad_images(tmp_path, {50, *range(56, 59)})
+    data = media_data(tmp_path / "rows.parquet", "image", tmp_path / "storage", eval_fraction=0.2)
+    watched = BadRows(tmp_path, 0, data)
+    for _ in range(2):
+        watched.list_held_out(held_out_slots(data, "image"))
+    assert watched.counts() == {"image": 4}
 
 
 def test_too_many_bad_rows_stop_the_run_with_their_list(tmp_path):

@@ -3,6 +3,7 @@
 The decoders' own tests say what is refused; here the rows travel the whole way to the slots.
 """
 
+import base64
 import io
 import json
 import tarfile
@@ -119,6 +120,30 @@ def test_a_null_among_texts_is_an_empty_row(tmp_path):
     slots = list(read_slots(data, 0, 12, 0, 1))
     seen = {n for slot in slots for n in row_numbers(slot.symbols)}
     assert seen == set(range(40)) - {7}
+
+
+def test_a_path_that_is_not_utf8_matters_only_where_it_is_read(tmp_path):
+    paths = pa.array([b"\xff.png"] * 16, pa.binary()).view(pa.string())
+    contents = [None if n == 3 else data for n, (data, _) in enumerate(media_rows("image", 16))]
+    column = pa.StructArray.from_arrays([pa.array(contents, pa.binary()), paths], ["bytes", "path"])
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"image": column, "text": [f"n{n}." for n in range(16)]}), path)
+    found, seen = read(path, "image")
+    assert found == {3: r"its path b'\xff.png' is not UTF-8"} and len(seen) == 15
+
+
+def test_what_cannot_be_a_path_is_a_bad_row(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    write_media_jsonl(path, media_rows("image", 16), "image")
+    lines = path.read_text().splitlines()
+    names = ["", base64.b64encode(bytes(range(256)) * 24).decode(), "x" * 300]
+    lines[:3] = [json.dumps({"image": name, "text": "x"}) for name in names]
+    path.write_text("\n".join(lines))
+    found, seen = read(path, "image")
+    assert set(found) == {0, 1, 2} and len(seen) == 13
+    for reason in found.values():
+        assert reason.endswith('is not a path; give encoded content as {"bytes": base64}')
+        assert len(reason) < 160
 
 
 @pytest.mark.parametrize("ending", ["parquet", "jsonl", "tar"])

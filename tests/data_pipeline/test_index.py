@@ -1,6 +1,7 @@
 """Indexing: what is counted and held out, and each mistake of the user."""
 
 import math
+import re
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -10,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from arbitor.errors import UserError
-from data_pipeline import scan
+from data_pipeline import files, scan
 from data_pipeline.format import jsonl, plain_text
 from data_pipeline.index import index_sources
 from data_pipeline.manifest import changes, manifests_from_json, manifests_to_json
@@ -159,10 +160,54 @@ def test_an_index_pass_goes_on_where_it_was_cut_off(tmp_path, monkeypatch):
 
 def test_a_long_pass_says_how_far_it_is(tmp_path, monkeypatch, capsys):
     write_shards(tmp_path / "shards", 3)
-    monkeypatch.setattr("data_pipeline.index.PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr("data_pipeline.progress.LINE_SECONDS", 0.0)
     index(tmp_path / "shards")
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("indexing data.sources.s: 1 of 3 shards, 0.0 of 0.0 GB")
+    said = capsys.readouterr()
+    lines = said.err.splitlines()
+    assert re.fullmatch(r"indexing data.sources.s: \d\d%, 20 rows, \d+ s left", lines[0])
+    assert len(lines) == 3 and not said.out
+
+
+def test_an_entry_of_the_cache_that_is_torn_is_written_again(tmp_path, monkeypatch):
+    write_shards(tmp_path / "shards", 2)
+    whole = index(tmp_path / "shards")
+    for entry, content in zip((tmp_path / "storage" / "index").iterdir(), ("", "[[0"), strict=True):
+        entry.write_text(content)
+    names = scanned(monkeypatch)
+    assert index(tmp_path / "shards") == whole and len(names) == 2
+    assert index(tmp_path / "shards") == whole and len(names) == 2
+
+
+def test_a_storage_that_cannot_be_written_is_told(tmp_path):
+    write_shards(tmp_path / "shards", 1)
+    (tmp_path / "storage").write_text("a file")
+    for path in (str(tmp_path / "shards"), "sample://text"):
+        config = DataConfig({"s": SourceConfig(path=path)})
+        with pytest.raises(UserError, match="^storage: .*/storage.* cannot be written"):
+            index_sources(config, tmp_path / "storage")
+
+
+def test_a_shard_lost_between_scan_and_cut_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "RETRY_AFTER_S", (0,))
+    path = tmp_path / "rows.parquet"
+    write_parquet(path, numbered_rows(30))
+    index(path)
+    found = files.find_files("key", str(path))
+    monkeypatch.setattr("data_pipeline.index.find_files", lambda key, place: found)
+    path.unlink()
+    with pytest.raises(UserError, match="rows.parquet: cannot be read"):
+        index(path)
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view(), "dictionary"])
+def test_text_of_any_type_of_string(tmp_path, kind):
+    rows = ["one", None, "\N{SNOWMAN}", "one"]
+    column = pa.array(rows, pa.string())
+    column = column.dictionary_encode() if kind == "dictionary" else column.cast(kind)
+    pq.write_table(pa.table({"text": column}), tmp_path / "rows.parquet")
+    manifest = index(tmp_path / "rows.parquet", 0)
+    content = [(row or "").encode() for row in rows]
+    assert read(manifest, manifest.train_segments) == content
 
 
 def test_what_changed_is_told_by_shard(tmp_path):

@@ -2,14 +2,18 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from arbitor.errors import UserError
 from arbitor.settings import write_yaml
+from data_pipeline import files
 from data_pipeline.check import UNIT_BYTES
 from data_pipeline.lint import lint_command
 from tests.data_pipeline.media_shards import (
@@ -170,13 +174,15 @@ def test_a_shard_that_cannot_be_read_is_told_and_the_others_are_checked(tmp_path
     write_parquet(tmp_path / "b.parquet", numbered_rows(20, "other"))
     (tmp_path / "b.parquet").write_bytes((tmp_path / "b.parquet").read_bytes()[:-9])
     write_parquet(tmp_path / "c.parquet", [1, 2, 3])
-    (tmp_path / "d.txt").write_bytes(b"\x7fELF\0\0\0")
     code, sources, last = lint(capsys, tmp_path)
-    assert code == 1 and last == "not clean: 1 bad rows of 21, 2 bad shards of 4"
+    assert code == 1 and last == "not clean: 0 bad rows of 20, 2 bad shards of 3"
     text = "\n".join(sources["text"])
     assert f"{tmp_path}/b.parquet: not a readable Parquet file" in text
     assert f"{tmp_path}/c.parquet: column 'text' has type int64, expected string" in text
-    assert f"{tmp_path}/d.txt row 0: holds zero bytes: not text" in text
+    (tmp_path / "d.txt").write_bytes(b"\x7fELF\0\0\0")
+    code, sources, last = lint(capsys, tmp_path / "d.txt")
+    assert code == 1 and last == "not clean: 1 bad rows of 1, 0 bad shards of 1"
+    assert f"    {tmp_path}/d.txt row 0: holds zero bytes: not text" in sources["text"]
 
 
 def test_a_corrupt_row_group_is_all_bad_rows_and_later_rows_keep_their_numbers(tmp_path, capsys):
@@ -193,13 +199,60 @@ def test_a_corrupt_row_group_is_all_bad_rows_and_later_rows_keep_their_numbers(t
     assert "    b.parquet row 0 is a.parquet row 31" in sources["text"]
 
 
-def die(shard, unit):
+def test_one_file_that_is_missing_is_one_bad_row(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(files, "RETRY_AFTER_S", (0,))
+    path = tmp_path / "a.jsonl"
+    write_media_jsonl(path, media_rows("image", 40), "image")
+    (tmp_path / "files of a" / "7.png").unlink()
+    monkeypatch.setattr("data_pipeline.lint.ProcessPoolExecutor", InThisProcess)
+    code, sources, last = lint(capsys, path)
+    assert code == 1 and last == "not clean: 1 bad rows of 40, 0 bad shards of 1"
+    (line,) = [line for line in sources["image"] if " row 7: " in line]
+    assert f"{tmp_path}/files of a/7.png: cannot be read" in line
+    shutil.rmtree(tmp_path / "files of a")
+    code, sources, last = lint(capsys, path)
+    assert code == 1 and last == "not clean: 35 bad rows of 40, 0 bad shards of 1"
+    assert any("rows 10 to 39: not looked at, after 5 rows" in line for line in sources["image"])
+
+
+class InThisProcess(ThreadPoolExecutor):
+    def __init__(self, count, context, initializer):
+        super().__init__(count)
+
+
+def test_of_text_a_run_refuses_what_is_bad(tmp_path, capsys):
+    write_jsonl(tmp_path / "a.jsonl", numbered_rows(999))
+    with open(tmp_path / "a.jsonl", "a") as file:
+        file.write("{")
+    code, sources, _ = lint(capsys, tmp_path)
+    expected = "1 (0.10%; a run refuses the shards of text that hold them)"
+    assert code == 1 and figure(sources["text"], "bad rows") == expected
+
+
+def test_large_row_groups_of_text_are_told(tmp_path, capsys, monkeypatch):
+    write_parquet(tmp_path / "a.parquet", numbered_rows(50))
+    assert not any("row groups" in line for line in lint(capsys, tmp_path)[1]["text"])
+    monkeypatch.setattr("data_pipeline.lint_report.GROUP_BYTES", 500)
+    said = figure(lint(capsys, tmp_path)[1]["text"], "row groups")
+    assert said.startswith("up to ") and said.endswith("write smaller ones (row_group_size)")
+
+
+def test_a_folder_of_hive_is_a_path(tmp_path, capsys, monkeypatch):
+    (tmp_path / "lang=en").mkdir()
+    write_jsonl(tmp_path / "lang=en" / "a.jsonl", numbered_rows(5))
+    monkeypatch.chdir(tmp_path)
+    for word in ("lang=en", "./lang=en", f"{tmp_path}/lang=en"):
+        assert lint(capsys, word, "modality=code")[1]["code"][0] == "code: 5 rows in 1 shards"
+
+
+def die(*words):
     os._exit(1)
 
 
-def test_a_killed_process_is_told_with_its_shard(tmp_path, monkeypatch):
+@pytest.mark.parametrize("what", ["list_shard", "check_unit"])
+def test_a_killed_process_is_told_with_its_shard(what, tmp_path, monkeypatch):
     write_parquet(tmp_path / "a.parquet", numbered_rows(20))
-    monkeypatch.setattr("data_pipeline.lint.check_unit", die)
+    monkeypatch.setattr(f"data_pipeline.lint.{what}", die)
     with pytest.raises(UserError, match=f"^{tmp_path}/a.parquet: a process was killed"):
         lint_command([str(tmp_path)])
 
@@ -210,6 +263,7 @@ MISTAKES = {
     "a picture": (["{folder}/a.jpg"], "no shards in .*a.jpg; put image rows in .parquet"),
     "unknown modality": (["{folder}/a.txt", "modality=sound"], "^modality: unknown modality"),
     "unknown key": (["{folder}/a.txt", "modalty=text"], "^modalty: .*did you mean modality"),
+    "compressed": (["{folder}/b.txt.gz"], "b.txt.gz: .gz files are not read; unpack it"),
     "no config": (["{folder}/none.yaml"], "none.yaml: cannot be read"),
 }
 
@@ -218,6 +272,7 @@ MISTAKES = {
 def test_mistakes_are_told_in_one_line(mistake, tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"\xff\xd8\xff")
     (tmp_path / "a.txt").write_text("words")
+    (tmp_path / "b.txt.gz").write_bytes(b"\x1f\x8b")
     words, message = MISTAKES[mistake]
     with pytest.raises(UserError, match=message) as error:
         lint_command([word.format(folder=tmp_path) for word in words])
@@ -232,3 +287,17 @@ def test_the_command_ends_with_its_exit_code(tmp_path):
         assert done.returncode == code
         assert ("not clean: 1 bad rows of 2" in done.stdout) == (code == 1)
         assert len(done.stderr.splitlines()) == (code == 2)
+
+
+def test_names_that_are_not_utf8_and_a_line_too_deep_are_told(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo(os.fsdecode(b"\xff.py")))
+    (tmp_path / "b.jsonl").write_text("[" * 100_000)
+    command = [sys.executable, "-m", "data_pipeline.lint", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and not done.stderr
+    assert "a.tar row 0: \\udcff.py: no .txt" in done.stdout
+    assert "b.jsonl row 0: not valid JSON" in done.stdout
+    Path(os.fsdecode(b"%b/\xff.jsonl" % bytes(tmp_path))).write_text("{}")
+    with pytest.raises(UserError, match=r"^PATH: b'.*/\\xff.jsonl' is not named in UTF-8; rename"):
+        lint_command([str(tmp_path)])

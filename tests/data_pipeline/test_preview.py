@@ -141,6 +141,13 @@ def test_a_folder_in_use_is_refused_and_a_row_that_stands_in_is_named(tmp_path, 
         preview_command(words)
 
 
+def test_an_out_that_cannot_be_made_is_told_before_anything_is_read(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(write_yaml({"data": {"sources": {"text": {"path": "nowhere"}}}}))
+    with pytest.raises(UserError, match="--out .*/run.yaml/out: cannot be made .*; name another"):
+        preview_command([str(config), "--out", str(config / "out")])
+
+
 def test_a_long_caption_is_broken_and_cut():
     picture = np.zeros((40, 100, 3), np.uint8)
     sheet = np.asarray(contact_sheet([picture] * 3, ["", "words " * 50, "x" * 200], columns=2))

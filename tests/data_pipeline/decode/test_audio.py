@@ -109,3 +109,10 @@ def test_a_configuration_that_does_not_fit_names_its_key(key):
     AudioConfig().validate()
     with pytest.raises(UserError, match=f"data.audio.{key}"):
         AudioConfig(**{key: 0}).validate()
+
+
+@pytest.mark.parametrize("seconds", [0.14, 1.1, 4.0, 8.06, 8.14, 16.12])
+def test_a_clip_cut_at_any_second_has_the_frames_of_the_layout(seconds):
+    config = AudioConfig(seconds_max=seconds, sequence_length=1024)
+    content = encode_audio(np.zeros(17 * 16_000), 16_000, "WAV")
+    assert len(decode_audio_codes(content, config)) == config.positions
