@@ -17,7 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from arbitor.kernel.attention.op import attend
 from arbitor.kernel.backend import set_backend
-from benchmarks.timing import environment, seconds
+from benchmarks.record import environment
+from benchmarks.timing import seconds
 
 SHAPES = ["8x2048x32x64", "8x2048x16x128", "2x8192x32x64"]
 

@@ -24,14 +24,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
-
 from benchmarks.chaos_checks import compare_runs, compare_so_far
 from benchmarks.chaos_victims import adopt_orphans, choose_victim, end_all, kill
-from benchmarks.timing import environment
+from benchmarks.record import Record, out_path
 from ray_jobs.config import RunConfig, load_run_config
 from ray_jobs.journal import JournalReader
-from ray_jobs.processes import replace_text
 from ray_jobs.smoke import SMOKE_YAML
 
 SAVE_INTERVAL = 5
@@ -66,7 +63,7 @@ def main() -> None:
     print(f"seed {options.seed}", flush=True)
     report = Report(options)
     adopt_orphans()
-    with tempfile.TemporaryDirectory() as storage:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as storage:
         calm = Run(options, Path(storage) / "calm")
         calm.train(0, random.Random())
         report.undisturbed_ended()
@@ -87,8 +84,7 @@ class Report:
     """The file of `--out`, written anew after every kill: one that ends early tells what it did."""
 
     def __init__(self, options: argparse.Namespace):
-        self._options, self._begin, self._load = options, time.monotonic(), os.getloadavg()
-        self._environment = environment() | {"ray": ray.__version__, "cpus": os.cpu_count()}
+        self._out, self._record, self._begin = options.out, Record(options), time.monotonic()
         self._undisturbed = 0.0
 
     def undisturbed_ended(self) -> None:
@@ -97,24 +93,16 @@ class Report:
 
     def write(self, wild: "Run", found: dict[str, Any]) -> dict[str, Any]:
         """`found` is what comparing with the undisturbed run has given; the whole record."""
-        options = self._options
-        record = {
-            "command": f"python -m benchmarks.chaos --kills {options.kills} --steps {options.steps}"
-            f" --workers {options.workers} --seed {options.seed}",
-            "environment": self._environment,
-            "load_average": {"before": self._load, "after": os.getloadavg()},
-            "seconds": round(time.monotonic() - self._begin, 1),
-            "seconds_undisturbed": round(self._undisturbed, 1),
+        return self._record.write(
+            self._out,
+            seconds=round(time.monotonic() - self._begin, 1),
+            seconds_undisturbed=round(self._undisturbed, 1),
             **summary(wild.kills),
-            "commands_started": wild.starts,
-            "processes_left_behind": wild.left_behind,
+            commands_started=wild.starts,
+            processes_left_behind=wild.left_behind,
             **found,
-            "every_kill": list(map(asdict, wild.kills)),
-        }
-        if options.out:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            replace_text(options.out, json.dumps(record, indent=1) + "\n")
-        return record
+            every_kill=list(map(asdict, wild.kills)),
+        )
 
 
 def parse() -> argparse.Namespace:
@@ -123,7 +111,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help=f"default: {STEPS_PER_KILL} a kill, and 20")
     parser.add_argument("--workers", default="2", help="scaling.num_workers, or a range of them")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=out_path)
     options = parser.parse_args()
     options.steps = options.steps or STEPS_PER_KILL * options.kills + 20
     return options
@@ -152,6 +140,7 @@ class Run:
         self.config: RunConfig = load_run_config("pretrain", arguments, {}, "")
         self._journal, self._step = JournalReader(self.config.folder), 0
         self._output = storage.with_suffix(".out")
+        self._environment = os.environ | {"RAY_TMPDIR": str(storage.parent)}
         self._driver: subprocess.Popen[bytes] | None = None
         self.kills: list[Kill] = []
         self._kills_before = 0  # the command was started
@@ -186,7 +175,9 @@ class Run:
         self._kills_before = len(self.kills)
         self._output.parent.mkdir(parents=True, exist_ok=True)
         with open(self._output, "ab") as output:
-            self._driver = subprocess.Popen(self._command, stdout=output, stderr=output)
+            self._driver = subprocess.Popen(
+                self._command, stdout=output, stderr=output, env=self._environment
+            )
 
     def _ensure_running(self) -> None:
         """Starts the command again if a kill has ended it."""

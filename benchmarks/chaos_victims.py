@@ -5,8 +5,10 @@ import os
 import random
 import signal
 import time
-from pathlib import Path
+from contextlib import suppress
 from typing import NamedTuple
+
+import psutil
 
 PR_SET_CHILD_SUBREAPER = 36
 # For processes that end by themselves. Those of Ray's that ask whether init has become their parent
@@ -64,22 +66,9 @@ def end_all() -> int:
 
 def descendants(root: int) -> dict[int, str]:
     """Command lines of the living processes below `root`, by process number."""
-    parents: dict[int, int] = {}
-    names: dict[int, str] = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            name = (folder / "cmdline").read_text(errors="replace")
-            state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
-        except OSError:
-            continue
-        pid = int(folder.name)
-        if state not in ("Z", "X"):
-            parents[pid], names[pid] = int(parent), name
-    return {pid: names[pid] for pid in parents if _is_below(pid, root, parents)}
-
-
-def _is_below(pid: int, root: int, parents: dict[int, int]) -> bool:
-    while pid := parents.get(pid, 0):
-        if pid == root:
-            return True
-    return False
+    found = {}
+    with suppress(psutil.NoSuchProcess):  # the root has ended
+        for process in psutil.Process(root).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):  # it has ended, or waits for its parent to hear it
+                found[process.pid] = " ".join(process.cmdline())
+    return found

@@ -12,7 +12,6 @@ import json
 import os
 import random
 import signal
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from arbitor.checkpoint import CheckpointWriter, load_checkpoint, newest_checkpoint
-from benchmarks.timing import environment
+from benchmarks.record import Record, out_path
 
 STATE_BYTES = 1 << 20
 LONGEST_LIFE_S = 0.1  # many times what a checkpoint of this size takes
@@ -32,19 +31,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=out_path)
     options = parser.parse_args()
+    record = Record(options)
     torch.set_num_threads(1)  # a forked process has none of the others
     with tempfile.TemporaryDirectory() as folder:
         counts = kill_often(Path(folder), options.kills, random.Random(options.seed))
-    record = {
-        "command": "python -m benchmarks.checkpoint_chaos " + " ".join(sys.argv[1:]),
-        "environment": environment(),
-        **counts,
-    }
-    print(json.dumps(record, indent=1))
-    if options.out:
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record.write(options.out, **counts), indent=1))
 
 
 def kill_often(folder: Path, kills: int, rng: random.Random) -> dict[str, Any]:

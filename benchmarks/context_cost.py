@@ -10,7 +10,6 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from arbitor.kernel.backend import set_backend
 from arbitor.main import ARBModel, ModelConfig
 from arbitor.optimizer import TernaryOptimizer, UpdateConfig
 from arbitor.trainer import SlotRunner, train_step
-from benchmarks.timing import environment
+from benchmarks.record import Record, out_path
 from benchmarks.train_step import make_batch
 
 REPEATS = 5
@@ -36,8 +35,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--positions", type=int, default=32768, help="of a slot")
     parser.add_argument("--contexts", nargs="+", type=int, default=[4096, 8192, 16384, 32768])
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=out_path)
     options = parser.parse_args()
+    record = Record(options)
     set_backend("triton")
     rows = []
     for variant, keys in VARIANTS.items():
@@ -48,8 +48,7 @@ def main() -> None:
                 | measure(config, context, options.positions)
             )
             print(json.dumps(rows[-1]), flush=True)
-    if options.out:
-        options.out.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1))
+    record.write(options.out, rows=rows)
 
 
 def measure(config: ModelConfig, context: int, positions: int) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import ray
 import ray.train
@@ -32,8 +33,9 @@ import torch
 import torch.distributed
 from ray.train.torch import TorchTrainer
 
+from benchmarks.chaos_victims import descendants
 from benchmarks.logged_slots import Attempt, check
-from benchmarks.timing import environment
+from benchmarks.record import Record, out_path
 from data_pipeline import run_data as run_data_module
 from data_pipeline.index import index_sources
 from data_pipeline.run_data import RunData
@@ -101,10 +103,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--kills", type=int, default=24)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=out_path)
     options = parser.parse_args()
     print(f"seed {options.seed}", flush=True)
-    begin, load = time.monotonic(), os.getloadavg()
+    record, begin = Record(options), time.monotonic()
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     with tempfile.TemporaryDirectory() as folder:
         data = sample_data(Path(folder), options.seed)
@@ -114,20 +116,13 @@ def main() -> None:
     ray.shutdown()
     if found["workers_killed"] < options.kills:
         sys.exit(f"only {found['workers_killed']} workers were killed: take more --steps")
-    record = {
-        "command": f"python -m benchmarks.data_chaos --steps {options.steps} --kills"
-        f" {options.kills} --seed {options.seed}",
-        "environment": environment() | {"ray": ray.__version__, "cpus": os.cpu_count()},
-        "load_average": {"before": load, "after": os.getloadavg()},
-        "seconds": round(time.monotonic() - begin, 1),
-        "seed": options.seed,
+    told = record.write(
+        options.out,
+        seconds=round(time.monotonic() - begin, 1),
         **found,
-        "starts": [start._asdict() for start in starts],
-    }
-    print(json.dumps({key: value for key, value in record.items() if key != "starts"}, indent=1))
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
+        starts=[start._asdict() for start in starts],
+    )
+    print(json.dumps({key: value for key, value in told.items() if key != "starts"}, indent=1))
 
 
 def sample_data(folder: Path, seed: int) -> RunData:
@@ -138,8 +133,9 @@ def sample_data(folder: Path, seed: int) -> RunData:
     config = DataConfig(sources, batch_size=4, sequence_length=256)
     config.validate()
     data = RunData(config, index_sources(config, folder), seed)
-    run_data_module.WINDOW_SYMBOLS = WINDOW_SYMBOLS
-    run_data_module.WINDOWS_PER_LANE = WINDOWS_PER_LANE
+    sizes = {"WINDOW_SYMBOLS": WINDOW_SYMBOLS, "WINDOWS_PER_LANE": WINDOWS_PER_LANE}
+    with patch.multiple(run_data_module, **sizes):
+        assert data.windows  # kept in the object, and so sent to the workers
     return data
 
 
@@ -255,21 +251,7 @@ class Killer:
 
 def decode_processes() -> list[int]:
     """Processes of this program's own Ray that decode windows now; Ray names them by their task."""
-    parents, names = {}, {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            names[int(folder.name)] = (folder / "cmdline").read_text()
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        parents[int(folder.name)] = int(fields[1])
-
-    def is_ours(pid: int) -> bool:
-        while pid in parents and pid != os.getpid():
-            pid = parents[pid]
-        return pid == os.getpid()
-
-    return [pid for pid in parents if "decode_windows" in names[pid] and is_ours(pid)]
+    return [pid for pid, line in descendants(os.getpid()).items() if "decode_windows" in line]
 
 
 if __name__ == "__main__":

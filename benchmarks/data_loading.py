@@ -3,8 +3,9 @@
     python -m benchmarks.data_loading --out benchmarks/results/FILE.json
 
 - throughput: slots of one modality as fast as they come, in turns with the DataLoader, whose worker
-  processes read and slice the same windows of the same plan with the same decoders: one a core, the
-  stream's decode tasks one more. CPU is that of all processes, which other load changes less.
+  processes read the same windows of the same plan with the same decoders and hand them over whole;
+  this process slices, as the stream does. Each number of --loader-workers is tried, the fastest is
+  the one compared with. CPU is that of all processes, which other load changes less.
 - wait: share of the time spent in waiting for a slot while one thread multiplies matrices for
   100 ms a slot.
 - first: seconds from the call of a worker's function to its first slot, on a Ray just started, and
@@ -18,16 +19,20 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import ray
+import numpy as np
+import psutil
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from benchmarks.data_shards import ABOUT, timed_data
+from benchmarks.record import Record, out_path, save
 from benchmarks.stream_life import (
     ENDLESS,
     local_ray,
@@ -35,49 +40,39 @@ from benchmarks.stream_life import (
     measure_memory,
     measure_spill,
     spilled,
+    whole_readings,
 )
-from benchmarks.timing import environment
-from data_pipeline.pack import PackedSlot, slice_micro_batch
+from data_pipeline.pack import PackedWindow, slice_micro_batch
 from data_pipeline.run_data import RunData
 from data_pipeline.stream import stream_slots
 
 DECODE_TASKS = 3
-LOADER_WORKERS = 2
-PREFETCH = 8  # slots, of each worker of the DataLoader
+PREFETCH = 2  # windows, of each worker of the DataLoader: its default
 WARM_UP_S = 8
 COMPUTE_S = 0.1
 MIX = {"text": 0.6, "image": 0.25, "audio": 0.1, "video": 0.05}
+SETTINGS = {
+    "decode_tasks": DECODE_TASKS,
+    "loader_prefetch_windows": PREFETCH,
+    "warm_up_s": WARM_UP_S,
+    "positions_a_slot": 16 * 1024,
+    "RAY_worker_niceness": 0,
+    "shards": ABOUT,
+}
 
 
 def main() -> None:
     options = parse()
-    record = {
-        "environment": environment() | {"ray": ray.__version__, "cpus": os.cpu_count()},
-        "settings": {
-            "decode_tasks": DECODE_TASKS,
-            "loader_workers": LOADER_WORKERS,
-            "loader_prefetch_slots": PREFETCH,
-            "warm_up_s": WARM_UP_S,
-            "positions_a_slot": 16 * 1024,
-            "RAY_worker_niceness": 0,
-            "shards": ABOUT,
-        },
-    }
     torch.set_num_threads(1)
     for part in options.parts:
-        load, begin = os.getloadavg(), time.monotonic()
+        record, begin = Record(options), time.monotonic()
         found = PARTS[part](options)
-        seconds = round(time.monotonic() - begin, 1)
-        record[part] = found | {
-            "options": {key: getattr(options, key) for key in ("seconds", "rounds", "windows")},
-            "load_average": {"before": load, "after": os.getloadavg()},
-            "took_s": seconds,
-        }
-        print(json.dumps({part: record[part]}, indent=1), flush=True)
+        found |= {"settings": SETTINGS, "took_s": round(time.monotonic() - begin, 1)}
+        told = {part: record.of(**found)}
+        print(json.dumps(told, indent=1), flush=True)
         if options.out:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
             before = json.loads(options.out.read_text()) if options.out.exists() else {}
-            options.out.write_text(json.dumps(before | record, indent=1) + "\n")
+            save(options.out, before | told)
 
 
 def parse() -> argparse.Namespace:
@@ -86,14 +81,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--modalities", nargs="+", default=list(ABOUT), choices=list(ABOUT))
     parser.add_argument("--seconds", type=float, default=15, help="of each timing")
     parser.add_argument("--rounds", type=int, default=3, help="timings of each way in turn")
-    parser.add_argument("--windows", type=int, default=100_000, help="of the memory part")
+    parser.add_argument("--loader-workers", nargs="+", type=int, default=[2, 3], metavar="N")
+    parser.add_argument(
+        "--windows", type=whole_readings, default=100_000, help="of the memory part"
+    )
     parser.add_argument("--data", type=Path, default=Path("/tmp/data-loading"), help="shards")
-    parser.add_argument("--out", type=Path, help="parts already in it and not run now are kept")
+    parser.add_argument("--out", type=out_path, help="parts already in it and not run now are kept")
     return parser.parse_args()
 
 
 def measure_throughput(options: argparse.Namespace) -> dict[str, Any]:
-    rows = {}
+    rows, ways = {}, {"stream": stream}
+    ways |= {f"loader of {n}": partial(loader, workers=n) for n in options.loader_workers}
     with local_ray():
         for modality in options.modalities:
             data = timed_data(options.data, {modality: 1.0}, DECODE_TASKS)
@@ -101,25 +100,28 @@ def measure_throughput(options: argparse.Namespace) -> dict[str, Any]:
             rounds = []
             for _ in range(options.rounds):
                 rounds.append({"load_average": os.getloadavg()[0]})
-                for name, ways in (("stream", stream), ("loader", loader)):
-                    rounds[-1][name] = steady(lambda d=data, w=ways: w(d), options.seconds)
-            rows[modality] = {"ratio": ratios(rounds), "rounds": rounds}
-            rows[modality]["spilled"] = spilled()
+                for name, way in ways.items():
+                    rounds[-1][name] = steady(partial(way, data), options.seconds)
+            rows[modality] = compare(rounds) | {"rounds": rounds, "spilled": spilled()}
             print(modality, json.dumps(rows[modality]), flush=True)
     return rows
 
 
-def ratios(rounds: list[dict[str, Any]]) -> dict[str, float]:
-    """Of medians over the rounds: how much faster the stream is, and how much CPU it takes."""
+def compare(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of medians over the rounds: stream over the fastest loader, and the cores that both used."""
 
     def middle(way: str, key: str) -> float:
         return median(r[way][key] for r in rounds)
 
+    loaders = [way for way in rounds[0] if way.startswith("loader")]
+    best = max(loaders, key=lambda way: middle(way, "slots_per_s"))
     return {
-        "slots_per_s": round(middle("stream", "slots_per_s") / middle("loader", "slots_per_s"), 3),
-        "cpu_s_per_slot": round(
-            middle("stream", "cpu_s_per_slot") / middle("loader", "cpu_s_per_slot"), 3
-        ),
+        "against": best,
+        "ratio": {
+            key: round(middle("stream", key) / middle(best, key), 3)
+            for key in ("slots_per_s", "cpu_s_per_slot")
+        },
+        "cores_used": {way: middle(way, "cores_used") for way in ("stream", best)},
     }
 
 
@@ -129,46 +131,51 @@ Slots = Iterator[tuple[torch.Tensor, torch.Tensor | None]]
 def stream(data: RunData) -> Slots:
     slots = stream_slots(data, 0, ENDLESS, 0, 1)
     try:
-        yield from map(as_tensors, slots)
+        for slot in slots:
+            yield as_tensors(slot.symbols, slot.content)
     finally:
         slots.close()
 
 
-def loader(data: RunData) -> Slots:
+def loader(data: RunData, workers: int) -> Slots:
     """Another process start than by fork: this process has threads of Ray."""
     loaded = DataLoader(
         Windows(data),
         batch_size=None,
-        num_workers=LOADER_WORKERS,
+        num_workers=workers,
         prefetch_factor=PREFETCH,
         multiprocessing_context="spawn",
     )
-    yield from loaded
+    for batch_size, *arrays in loaded:
+        window = PackedWindow(*(None if x is None else x.numpy() for x in arrays))
+        for i in range(len(window.sequences) // batch_size):
+            symbols, _, content = slice_micro_batch(window, i, batch_size)
+            yield as_tensors(symbols, content)
 
 
 class Windows(IterableDataset):
-    """Every n-th window of the plan, sliced into slots: worker w of n starts with window w."""
+    """Every n-th window of the plan as (size of a micro-batch, arrays of `PackedWindow`): worker w
+    of n starts with window w."""
 
     def __init__(self, data: RunData):
         self._data = data
 
-    def __iter__(self) -> Slots:
+    def __iter__(self) -> Iterator[tuple]:
         worker = get_worker_info()
         torch.set_num_threads(1)
         keys = self._data.plan.windows(0, ENDLESS, 0, 1)
         for key in islice(keys, worker.id, None, worker.num_workers):
             task = self._data.task(key)
             window, _ = task.read()
-            for i in range(len(window.sequences) // task.batch_size):
-                symbols, row_ids, content = slice_micro_batch(window, i, task.batch_size)
-                slot = PackedSlot(0, i, key.source, task.modality, symbols, row_ids, content)
-                yield as_tensors(slot)
+            arrays = (window.sequences, window.sequence_order, window.row_ids, window.row_starts)
+            yield task.batch_size, *arrays, window.content  # the loader makes tensors of them
 
 
-def as_tensors(slot: PackedSlot) -> tuple[torch.Tensor, torch.Tensor | None]:
+def as_tensors(
+    symbols: np.ndarray, content: np.ndarray | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """symbols [B, T + 1], content [B, P, X]; to be read only."""
-    content = None if slot.content is None else torch.from_numpy(slot.content)
-    return torch.from_numpy(slot.symbols), content
+    return torch.from_numpy(symbols), None if content is None else torch.from_numpy(content)
 
 
 def steady(begin: Callable[[], Slots], seconds: float) -> dict[str, float]:
@@ -195,20 +202,11 @@ def steady(begin: Callable[[], Slots], seconds: float) -> dict[str, float]:
 
 def cpu_seconds() -> float:
     """Of this process and all below it, the ended ones included."""
-    fields = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields[int(path.parent.name)] = path.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-
-    def is_ours(pid: int) -> bool:
-        while pid != os.getpid() and pid in fields:
-            pid = int(fields[pid][1])
-        return pid == os.getpid()
-
-    ticks = sum(sum(map(int, fields[pid][11:15])) for pid in fields if is_ours(pid))
-    return ticks / os.sysconf("SC_CLK_TCK")
+    this, total = psutil.Process(), 0.0
+    for process in [this, *this.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            total += sum(process.cpu_times()[:4])  # user and system, its own and its children's
+    return total
 
 
 def measure_wait(options: argparse.Namespace) -> dict[str, Any]:

@@ -1,7 +1,10 @@
 """Shards to time the data pipeline with: pictures, sounds, videos and prose of everyday sizes."""
 
+import hashlib
 import io
+import shutil
 from pathlib import Path
+from unittest.mock import patch
 
 import av
 import numpy as np
@@ -29,11 +32,10 @@ ABOUT = {
 
 
 def timed_data(folder: Path, weights: dict[str, float], decode_tasks: int) -> RunData:
-    """Slots of 16 x 1024 positions from shards in `folder`, written where they are missing."""
-    for modality in weights:
-        _write(modality, folder / modality)
+    """Slots of 16 x 1024 positions from shards below `folder`, written where they are missing."""
     sources = {
-        name: SourceConfig(name, str(folder / name), weight) for name, weight in weights.items()
+        name: SourceConfig(name, str(shards(name, folder)), weight)
+        for name, weight in weights.items()
     }
     config = DataConfig(
         sources,
@@ -54,15 +56,26 @@ def small_windows(folder: Path) -> RunData:
     source = SourceConfig("text", str(folder / "rows.parquet"))
     config = DataConfig({"text": source}, batch_size=1, sequence_length=128)
     data = RunData(config, index_sources(config, folder), seed=0)
-    run_data_module.WINDOW_SYMBOLS = 128
-    assert len(data.windows["text"]) == 1004  # kept in the object, and so sent to the workers
+    with patch.object(run_data_module, "WINDOW_SYMBOLS", 128):
+        assert len(data.windows["text"]) == 1004  # kept in the object, and so sent to the workers
     return data
 
 
+def shards(modality: str, folder: Path) -> Path:
+    """The folder of the whole shards that this file makes now, whatever it made before."""
+    sizes = repr((ROWS, TEXT_BYTES, DISTINCT, SHARDS)).encode()
+    digest = hashlib.sha256(sizes + Path(__file__).read_bytes()).hexdigest()
+    whole = folder / f"{modality}-{digest[:12]}"
+    if not whole.exists():
+        partial = whole.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        _write(modality, partial)
+        partial.rename(whole)
+    return whole
+
+
 def _write(modality: str, folder: Path) -> None:
-    if folder.exists():
-        return
-    folder.mkdir(parents=True)
     if modality == "text":
         for i in range(SHARDS):
             rows = _prose(i, TEXT_BYTES // SHARDS)

@@ -24,7 +24,7 @@ from arbitor.optimizer import TernaryOptimizer, UpdateConfig
 from arbitor.settings import build, parse_value
 from arbitor.trainer import SlotRunner, evaluate, train_step
 from benchmarks.float_baseline import RULES, FloatTrainer
-from benchmarks.timing import environment
+from benchmarks.record import Record, out_path
 
 CURVE_POINTS = 20
 VARIANTS = {  # the product's rules and formats of their state
@@ -38,6 +38,7 @@ VARIANTS = {  # the product's rules and formats of their state
 
 def main() -> None:
     options = parse()
+    record = Record(options)
     torch.set_num_threads(options.threads)
     train_bytes, held_out = split(options)
     results = []
@@ -53,10 +54,7 @@ def main() -> None:
         others = [run(best["lr"], seed) for seed in options.seeds[1:]]
         results += [*first, *others]
         print_summary(rule, best["lr"], [best, *others])
-    if options.out:
-        chosen = {key: str(value) for key, value in vars(options).items()}
-        record = {"environment": environment(), "options": chosen, "runs": results}
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
+    record.write(options.out, runs=results)
 
 
 def parse() -> argparse.Namespace:
@@ -94,7 +92,7 @@ def parser_of(about: str) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--backend", default="auto")
-    parser.add_argument("--out", type=Path, help="also write the runs here, as JSON")
+    parser.add_argument("--out", type=out_path, help="also write the runs here, as JSON")
     return parser
 
 

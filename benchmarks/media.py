@@ -35,18 +35,21 @@ from arbitor.trainer import SlotRunner, evaluate, train_step
 from benchmarks.float_baseline import FloatTrainer
 from benchmarks.media_rows import Source, prepare, read_rows
 from benchmarks.media_samples import judge_samples
-from benchmarks.timing import environment
+from benchmarks.record import Record, out_path
 
 EDGE = 50  # first and last losses of a source that are compared
+ABOUT = ("command", "environment", "options", "load_average")  # what `Record` says of a run
 WORSE = 1.1  # what a mixed run's loss may be of that of its own run
 
 
 def main() -> None:
     options = parse()
+    record = Record(options)
     if options.command == "prepare":
         prepare(options.out, options.overrides, options.storage)
     elif options.command == "merge":
-        merge(options.runs, options.out)
+        told = record.write(options.out, **merge(options.runs))
+        print(json.dumps(told["verdicts"], indent=1))
     elif options.command == "sheets":
         from benchmarks.media_sheets import write_sheets  # needs the encoders of sound and film
 
@@ -57,14 +60,16 @@ def main() -> None:
         sources, grids = read_rows(options.rows)
         run = run_mixed if options.command == "mixed" else run_train
         result, samples = run(sources, grids, options)
-        write(result, samples, options)
+        record.write(options.out.with_suffix(".json"), **result)
+        if samples:
+            np.savez_compressed(options.out.with_suffix(".npz"), **samples)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     making = commands.add_parser("prepare")
-    making.add_argument("--out", type=Path, required=True)
+    making.add_argument("--out", type=out_path, required=True)
     making.add_argument("--storage", type=Path, default=Path("runs"))
     making.add_argument("overrides", nargs="*", metavar="data.key=value")
     showing = commands.add_parser("sheets")
@@ -73,7 +78,7 @@ def parse() -> argparse.Namespace:
     showing.add_argument("--out", type=Path, required=True)
     merging = commands.add_parser("merge")
     merging.add_argument("runs", nargs="+", type=Path, metavar="FILE")
-    merging.add_argument("--out", type=Path, required=True)
+    merging.add_argument("--out", type=out_path, required=True)
     training, mixing = (commands.add_parser(name) for name in ("train", "mixed"))
     training.add_argument("--sources", nargs="+", choices=MODALITIES, required=True)
     training.add_argument("--control", action="store_true", help="float weights, AdamW; one source")
@@ -88,7 +93,7 @@ def parse() -> argparse.Namespace:
 def _add_training(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--rows", type=Path, required=True, help="the file of `prepare`")
-    add("--out", type=Path, required=True, help="without a suffix")
+    add("--out", type=out_path, required=True, help="without a suffix")
     add("--width", type=int, default=256)
     add("--layers", type=int, default=4)
     add("--head-layers", type=int, default=4, help="of the video head")
@@ -167,13 +172,15 @@ def run_mixed(
     return {"runs": results, "verdicts": verdicts(results)}, {}
 
 
-def merge(paths: list[Path], out: Path) -> None:
-    """One file of several of `mixed`, with the verdicts that need more than one of them."""
-    records = [json.loads(path.read_text()) for path in paths]
-    runs = {name: run for record in records for name, run in record["runs"].items()}
-    joined = records[0] | {"runs": runs, "verdicts": verdicts(runs)}
-    out.write_text(json.dumps(joined, indent=1) + "\n")
-    print(json.dumps(joined["verdicts"], indent=1))
+def merge(paths: list[Path]) -> dict:
+    """The runs of several files of `mixed`, each with where and how it ran, and the verdicts that
+    need more than one of them."""
+    runs = {}
+    for path in paths:
+        record = json.loads(path.read_text())
+        about = {key: record[key] for key in ABOUT if key in record}
+        runs |= {name: about | run for name, run in record["runs"].items()}
+    return {"runs": runs, "verdicts": verdicts(runs)}
 
 
 def verdicts(results: dict[str, dict]) -> dict[str, dict]:
@@ -275,14 +282,6 @@ def held_out(
 
 def num_weights(model: ARBModel) -> int:
     return sum(weight.num_weights for _, weight in model.ternary_weights())
-
-
-def write(result: dict, samples: dict[str, np.ndarray], options: argparse.Namespace) -> None:
-    settings = {key: str(value) for key, value in vars(options).items()}
-    record = {"environment": environment(), "options": settings, **result}
-    options.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    if samples:
-        np.savez_compressed(options.out.with_suffix(".npz"), **samples)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ own for every round, of equal operations.
 """
 
 import argparse
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,7 +22,7 @@ from arbitor.loop import ROUNDS
 from arbitor.model_config import ModelConfig
 from arbitor.trunk import LoopBlock
 from benchmarks import learning
-from benchmarks.timing import environment
+from benchmarks.record import Record
 
 WINDOW, STRIDE = 128, 16
 LATENT_RATE = 3.0
@@ -63,6 +62,7 @@ CONTROLS = {
 
 def main() -> None:
     options = parse()
+    record = Record(options)
     torch.set_num_threads(options.threads)
     train_bytes, held_out = learning.split(options)
     rows = []
@@ -77,10 +77,7 @@ def main() -> None:
             rows.append({"part": part} | run)
     for row in rows:
         print(line_of(row))
-    if options.out:
-        settings = {key: str(value) for key, value in vars(options).items()}
-        record = {"environment": environment(), "options": settings, "rows": rows}
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
+    record.write(options.out, rows=rows)
 
 
 def parse() -> argparse.Namespace:

@@ -12,7 +12,6 @@ import argparse
 import json
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from arbitor.kernel.backend import set_backend
 from arbitor.main import ARBModel, ModelConfig
 from arbitor.optimizer import TernaryOptimizer, UpdateConfig
 from arbitor.trainer import SlotRunner, train_step
-from benchmarks.timing import environment
+from benchmarks.record import Record, out_path
 
 KEYS, VALUES, FILLER, MARKER = range(0, 64), range(64, 128), range(128, 255), 255
 LAYERS = 2
@@ -31,6 +30,7 @@ TRIPLE = 3  # symbols of a pair with its marker
 
 def main() -> None:
     options = parse()
+    record = Record(options)
     set_backend(options.backend)
     torch.set_num_threads(options.threads)
     context = {"attention_window": options.window}
@@ -46,10 +46,7 @@ def main() -> None:
             results.append({"variant": name, "seed": seed, "recall": accuracy, "seconds": seconds})
             print(json.dumps(results[-1]), flush=True)
     print(f"chance: {1 / len(VALUES):.3f} of all values, {1 / options.pairs:.3f} of a sequence's")
-    if options.out:
-        settings = {k: str(v) for k, v in vars(options).items() if k != "out"}
-        record = {"environment": environment(), "options": settings, "runs": results}
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
+    record.write(options.out, runs=results)
 
 
 def parse() -> argparse.Namespace:
@@ -68,7 +65,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--backend", default="auto")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=out_path)
     options = parser.parse_args()
     reach = LAYERS * (options.window + options.stride) + 2
     assert options.context - TRIPLE * options.pairs - reach >= options.context // 2, (

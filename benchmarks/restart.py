@@ -22,9 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from statistics import quantiles
 
-import ray
-
-from benchmarks.timing import environment
+from benchmarks.record import Record, out_path
 from ray_jobs.config import load_run_config
 from ray_jobs.heartbeat import HEARTBEATS
 from ray_jobs.journal import JournalReader, Note
@@ -42,23 +40,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=out_path)
     options = parser.parse_args()
-    load = os.getloadavg()
+    record = Record(options)
     with tempfile.TemporaryDirectory() as storage:
         seconds = kill_often(Path(storage), options.kills, random.Random(options.seed))
     cuts = quantiles(seconds, n=20, method="inclusive")
-    record = {
-        "command": f"python -m benchmarks.restart --kills {options.kills} --seed {options.seed}",
-        "environment": environment() | {"ray": ray.__version__, "cpus": os.cpu_count()},
-        "load_average": {"before": load, "after": os.getloadavg()},
-        "p50_s": round(cuts[9], 2),
-        "p95_s": round(cuts[18], 2),
-        "seconds": [round(s, 2) for s in seconds],
-    }
-    print(json.dumps(record, indent=1))
-    if options.out:
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
+    found = record.write(
+        options.out,
+        p50_s=round(cuts[9], 2),
+        p95_s=round(cuts[18], 2),
+        longest_s=round(max(seconds), 2),
+        seconds=[round(s, 2) for s in seconds],
+    )
+    print(json.dumps(found, indent=1))
 
 
 def kill_often(storage: Path, kills: int, rng: random.Random) -> list[float]:

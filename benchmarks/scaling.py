@@ -30,13 +30,14 @@ from arbitor.kernel.backend import set_backend
 from arbitor.main import ARBModel, ModelConfig
 from arbitor.optimizer import TernaryOptimizer, UpdateConfig
 from arbitor.trainer import SlotRunner, train_step
-from benchmarks.timing import environment
+from benchmarks.record import Record, out_path
 
 WARMUP_STEPS = 3  # compile, record the slots, record the updates
 
 
 def main() -> None:
     options = parse()
+    record = Record(options)
     rows = []
     for world in options.workers:
         rows.append(measure(world, options))
@@ -46,19 +47,13 @@ def main() -> None:
         print(json.dumps(rows[-1]), flush=True)
     same = len({row["state_sha256"] for row in rows}) == 1
     print("the final state has the same bits for all" if same else "FINAL STATES DIFFER")
-    record = {
-        "command": "python -m benchmarks.scaling " + " ".join(sys.argv[1:]),
-        "environment": environment() | {"nccl": nccl_version(), "cpus": os.cpu_count()},
-        "model": asdict(model_config(options)),
-        "slots": options.slots,
-        "positions_of_a_slot": options.positions,
-        "steps": options.steps,
-        "same_bits": same,
-        "rows": rows,
-    }
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
+    record.write(
+        options.out,
+        nccl=nccl_version(),
+        model=asdict(model_config(options)),
+        same_bits=same,
+        rows=rows,
+    )
     sys.exit(0 if same else 1)
 
 
@@ -74,7 +69,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--positions", type=int, default=16384, help="a slot's")
     parser.add_argument("--slots", type=int, default=8, help="a step's")
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=out_path)
     return parser.parse_args(arguments)
 
 

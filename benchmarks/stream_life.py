@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import ray
 
@@ -27,20 +28,35 @@ from ray_jobs.config import load_run_config
 from ray_jobs.slots import begin as start_slots
 
 ENDLESS = 10_000_000  # steps
+READINGS = 20  # of the memory
+
+
+def whole_readings(text: str) -> int:
+    """The type of --windows."""
+    windows = int(text)
+    if windows < 1 or windows % READINGS:
+        raise argparse.ArgumentTypeError(f"{text}: expected a multiple of {READINGS}, the readings")
+    return windows
 
 
 @contextmanager
 def local_ray() -> Iterator[None]:
-    """Its processes as nice as this one and the DataLoader's: by default they yield to others."""
-    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  as Ray spells it
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    before = set(threading.enumerate())
-    try:
-        yield
-    finally:
-        for thread in set(threading.enumerate()) - before:
-            thread.join(10)  # one of Ray Data's that asks Ray after its end would end the process
-        ray.shutdown()
+    """Its processes as nice as this one and the DataLoader's: by default they yield to others.
+
+    Its session is in a folder that goes with it; a short one, as sockets want.
+    """
+    with (
+        tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder,
+        patch.dict(os.environ, {"RAY_worker_niceness": "0", "RAY_TMPDIR": folder}),
+    ):
+        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+        before = set(threading.enumerate())
+        try:
+            yield
+        finally:
+            for thread in set(threading.enumerate()) - before:
+                thread.join(10)  # one of Ray Data's that asks Ray after its end would end all
+            ray.shutdown()
 
 
 def measure_first(options: argparse.Namespace) -> dict[str, Any]:
@@ -94,13 +110,13 @@ def smoke_data(folder: Path) -> RunData:
 
 
 def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
-    """Megabytes that no other process shares, every tenth of the way."""
+    """Megabytes that no other process shares, every twentieth of the way."""
 
     def watch(data: RunData, windows: int) -> list[list[float]]:
         found, count, begin = [], 0, time.monotonic()
         for slot in stream_slots(data, 0, ENDLESS, 0, 1):
             count += slot.opened is not None
-            if slot.opened is not None and count % (windows // 20) == 0:
+            if slot.opened is not None and count % (windows // READINGS) == 0:
                 seconds = round(time.monotonic() - begin, 1)
                 found.append([count, round(private_bytes() / 1e6, 1), seconds])
             if count == windows:

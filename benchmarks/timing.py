@@ -1,28 +1,40 @@
-"""Times of GPU work, ceilings of the device, and the record of a benchmark run."""
+"""Times of GPU work, and ceilings of the device."""
 
-import json
-import platform
-import subprocess
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
+from functools import cache
 from statistics import median
 from typing import Any
 
 import torch
 import triton
+import triton.language as tl
+from torch import Tensor
 
 ROTATED_BYTES = 256 << 20  # several times the L2 cache: every call finds its buffers in memory
 REPEATS = 15
+STREAM_BYTES = 1 << 30
+MATMUL_SIZE = 8192
+STREAM_BLOCK = 2048
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the device reaches in this run: bytes and operations per second."""
+    """What the device reaches in this run: bytes, read and written, and operations per second."""
 
-    copy: float
+    streams: dict[str, float]
     bfloat16: float
     fp8: float
+    int8: float
+
+    @property
+    def bandwidth(self) -> float:
+        """Of the fastest stream: none of them alone is the most that a kernel reaches."""
+        return max(self.streams.values())
+
+    def floor(self, num_bytes: int, operations: int, peak: str) -> float:
+        """The least seconds for so much: what moves, moves while the matmul units work."""
+        return max(num_bytes / self.bandwidth, operations / getattr(self, peak))
 
 
 def num_buffers(bytes_of_one: int) -> int:
@@ -59,61 +71,56 @@ def _captured(calls: Sequence[Callable[[], Any]]) -> Callable[[], None]:
     return graph.replay
 
 
+@cache
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Not where a module begins: that would import the compiler wherever the module is."""
+    return torch.compile(function, dynamic=False)
+
+
 def measure_ceilings() -> Ceilings:
-    """Copy of 1 GiB (read and write counted), 8192^3 bfloat16 and per-tensor fp8 matmuls."""
-    source = torch.randint(0, 255, (1 << 30,), device="cuda", dtype=torch.uint8)
-    target = torch.empty_like(source)
-    copy = 2 * source.numel() / seconds([lambda: target.copy_(source)] * 3)
-    size = 8192
+    size = MATMUL_SIZE
     a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    bfloat16 = 2 * size**3 / seconds([lambda: a @ b.T] * 3)
     a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn)
+    whole = [(127 * x.clamp(-1, 1)).to(torch.int8) for x in (a, b)]
     one = torch.ones((), device="cuda")
 
-    def fp8_matmul() -> torch.Tensor:
+    def fp8_matmul() -> Tensor:
         return torch._scaled_mm(
             a8, b8.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
         )
 
-    return Ceilings(copy, bfloat16, 2 * size**3 / seconds([fp8_matmul] * 3))
+    def rate(matmul: Callable[[], Tensor]) -> float:
+        return 2 * size**3 / seconds([matmul] * 3)
 
-
-def environment() -> dict[str, Any]:
-    """Hardware and versions, for the record."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    return Ceilings(
+        streams=measure_streams(),
+        bfloat16=rate(lambda: a @ b.T),
+        fp8=rate(fp8_matmul),
+        int8=rate(lambda: torch._int_mm(whole[0], whole[1].T)),
     )
-    return _device() | {
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip(),
+
+
+def measure_streams() -> dict[str, float]:
+    """Bytes per second over 1 GiB: a copy of torch's, a sum of two, a copy of Triton's."""
+    a, b, out = (
+        torch.randint(1 << 20, (STREAM_BYTES // 4,), device="cuda", dtype=torch.int32)
+        for _ in range(3)
+    )
+    return {
+        "copy_": 2 * STREAM_BYTES / seconds([lambda: out.copy_(a)] * 3),
+        "add": 3 * STREAM_BYTES / seconds([lambda: torch.add(a, b, out=out)] * 3),
+        "triton": 2 * STREAM_BYTES / seconds([lambda: stream(a, out)] * 3),
     }
 
 
-def _device() -> dict[str, str]:
-    if not torch.cuda.is_available():
-        return {"device": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"}
-    query = "--query-gpu=driver_version,clocks.max.sm,power.limit"
-    smi = subprocess.run(
-        ["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True, check=False
-    )
-    name = torch.cuda.get_device_name()
-    return {"device": name, "driver, clock, power limit": smi.stdout.strip()}
+def stream(source: Tensor, target: Tensor) -> None:
+    """Copies contiguous int32."""
+    programs = triton.cdiv(source.numel(), STREAM_BLOCK)
+    stream_kernel[(programs,)](source, target, source.numel(), BLOCK=STREAM_BLOCK)
 
 
-def write_record(
-    path: Path, command: str, ceilings: Ceilings, rows: list[dict[str, Any]], refused: list[str]
-) -> None:
-    """One JSON file a run."""
-    record = {
-        "command": command,
-        "environment": environment(),
-        "ceilings": asdict(ceilings),
-        "rotated_bytes": ROTATED_BYTES,
-        "rows": rows,
-        "refused": refused,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+@triton.jit
+def stream_kernel(source, target, size, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < size
+    tl.store(target + place, tl.load(source + place, mask=inside), mask=inside)

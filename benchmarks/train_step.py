@@ -4,9 +4,11 @@
 
 Synthetic slots, no Ray, one slot a step. Ours runs with its deterministic settings; `adamw` is the
 same architecture with float32 weights, bfloat16 matmuls, torch.compile and fused AdamW; `ste` is
-that with BitNet's straight-through weights. Model FLOP utilisation is (6 * weights in matmuls +
-6 * layers * heads * head width * T) * positions / seconds / the bfloat16 rate measured in the run:
-forward and backward of the matmuls and of causal attention, recomputation not counted.
+that with BitNet's straight-through weights. Ours replays CUDA graphs where they launch their
+kernels one by one, which shows in small slots; torch.compile's "reduce-overhead" was not tried.
+Model FLOP utilisation is (6 * weights in matmuls + 6 * layers * heads * head width * T) *
+positions / seconds / the bfloat16 rate measured in the run: forward and backward of the matmuls and
+of causal attention, recomputation not counted.
 """
 
 import argparse
@@ -15,7 +17,6 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,13 +30,15 @@ from arbitor.optimizer import TernaryOptimizer, UpdateConfig
 from arbitor.profiling import profiler, table
 from arbitor.trainer import SlotRunner, train_step
 from benchmarks.float_baseline import float_model, make_adamw
-from benchmarks.timing import environment, measure_ceilings
+from benchmarks.record import Record, out_path
+from benchmarks.timing import measure_ceilings
 
 WARMUP_STEPS = 3
 
 
 def main() -> None:
     options = parse()
+    record = Record(options)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     config = ModelConfig(
         width=options.width,
@@ -50,10 +53,7 @@ def main() -> None:
             rows.append(time_rule(rule, config, positions, options, peak))
             print(json.dumps(rows[-1]), flush=True)
             torch.cuda.empty_cache()
-    record = {"environment": environment(), "bfloat16_peak": peak, "model": asdict(config)}
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(record | {"rows": rows}, indent=1) + "\n")
+    record.write(options.out, bfloat16_peak=peak, model=asdict(config), rows=rows)
 
 
 def parse() -> argparse.Namespace:
@@ -67,7 +67,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--positions", nargs="+", type=int, default=[16384, 4096], help="a slot's")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--profile", action="store_true", help="print where the time goes")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=out_path)
     return parser.parse_args()
 
 

@@ -4,6 +4,7 @@ A run's YAML file is read for its data and the few values that the plan of the d
 what else stands in it is neither read nor checked.
 """
 
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence

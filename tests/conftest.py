@@ -1,9 +1,13 @@
 """Fixtures that several packages' tests share."""
 
 import os
+import shutil
+import tempfile
 
 import pytest
 
+# Every Ray that a test starts leaves its session there; short, because of the paths of sockets.
+RAY_FOLDER = os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # `make test` runs two processes of tests
 
 import torch  # noqa: E402  reads the variable
@@ -18,6 +22,10 @@ if not torch.cuda.is_available():
 def seeded():
     """What a test draws without a generator of its own is the same in every run."""
     torch.manual_seed(0)
+
+
+def pytest_unconfigure():
+    shutil.rmtree(RAY_FOLDER, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items):

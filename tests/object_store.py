@@ -1,9 +1,10 @@
 """An object store on this machine: moto's server."""
 
 import re
-import shutil
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pyarrow.fs
 import pytest
@@ -12,11 +13,10 @@ import pytest
 @pytest.fixture(scope="module")
 def bucket(tmp_path_factory):
     """s3://shards, on a server of its own that the environment points at, as users do it."""
-    if not shutil.which("moto_server"):
-        pytest.skip("needs moto_server: pip install 'moto[s3,server]'")
     log = tmp_path_factory.mktemp("server") / "log"
     with log.open("w") as output:
-        server = subprocess.Popen(["moto_server", "-p", "0"], stdout=output, stderr=output)
+        program = Path(sys.executable).with_name("moto_server")
+        server = subprocess.Popen([program, "-p", "0"], stdout=output, stderr=output)
     try:
         address = _address(server, log)
         store = pyarrow.fs.S3FileSystem(

@@ -111,8 +111,7 @@ def test_members_of_a_tar_that_make_no_row(tmp_path):
     write_tar(path, rows, "image")
     found, seen = faults_of(path)
     assert set(found) == {4, 5} and len(seen) == 18
-    refused_rows, _ = faults_of(path, "image")
-    assert refused_rows == found
+    assert found[4] == "no bytes" and "truncated" in found[5]
 
 
 def test_a_null_in_every_column_and_wrong_types(tmp_path):
@@ -296,5 +295,5 @@ def test_text_rows_say_their_numbers_through_a_shard_with_an_odd_name(tmp_path):
     write_parquet(path, numbered_rows(50))
     for place in (str(path), "file://" + str(tmp_path) + "/*.parquet"):
         data = run_data(tmp_path, {"text": SourceConfig(path=place)}, eval_fraction=0)
-        slots = list(read_slots(data, 0, 2, 0, 1))
-        assert {n for slot in slots for n in row_numbers(slot.symbols)} <= set(range(50))
+        slots = list(read_slots(data, 0, 5, 0, 1))
+        assert {n for slot in slots for n in row_numbers(slot.symbols)} == set(range(50))
