@@ -131,8 +131,9 @@ def test_a_mistake_ends_with_one_line_and_exit_code_2(mistake, monkeypatch, tmp_
 
 
 def readme_commands():
-    """The lines of the README's `sh` blocks; of smoke the suite runs a smaller one."""
-    blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    """The lines of its `sh` blocks and the model's; of smoke the suite runs a smaller one."""
+    text = (ROOT / "README.md").read_text() + (ROOT / "docs/model.md").read_text()
+    blocks = re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S)
     lines = [line for block in blocks for line in block.splitlines() if line]
     slow = {"make smoke": pytest.mark.slow}
     return [pytest.param(line, marks=slow.get(line, ())) for line in lines]
