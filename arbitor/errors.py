@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 
 class UserError(ValueError):
@@ -14,7 +14,7 @@ class UserError(ValueError):
     """
 
 
-def end_with(command: Callable[[list[str]], Any], *mistakes: type[Exception]) -> NoReturn:
+def end_with(command: Callable[[list[str]], Any], *mistakes: type[Exception]) -> None:
     """Runs a command on the command line's words; an int that it returns is the exit code.
 
     A UserError, or one of `mistakes`, ends with one line and exit code 2.
@@ -30,4 +30,5 @@ def end_with(command: Callable[[list[str]], Any], *mistakes: type[Exception]) ->
     except BrokenPipeError:  # `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
-    sys.exit(code)
+    if code:
+        sys.exit(code)

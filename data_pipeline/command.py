@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from arbitor import errors
 from arbitor.errors import UserError
@@ -77,7 +77,7 @@ def open_data(settings: DataSettings) -> RunData:
     return RunData(settings.data, manifests, settings.seed)
 
 
-def end_with(command: Callable[[list[str]], int]) -> NoReturn:
+def end_with(command: Callable[[list[str]], int]) -> None:
     """Runs a command on the command line's words; a bad shard is a mistake too."""
     sys.stdout.reconfigure(errors="backslashreplace")  # a file may have any name
     errors.end_with(command, ShardError)
