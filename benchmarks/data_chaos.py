@@ -191,7 +191,7 @@ def consume(config: dict[str, Any]) -> None:
     chaos.prepare()
     commit(chaos.start_folder(number) / f"pid-{rank}", os.getpid())
     slots = stream_slots(chaos.data, start, chaos.steps, rank, world)
-    slots = log_slots(slots, chaos.start_folder(number) / f"slots-{rank}.jsonl")
+    slots = log_slots(slots, chaos.start_folder(number), rank)
     for step, group in groupby(slots, key=lambda slot: slot.step):
         ready = torch.tensor([step, len(list(group))])
         time.sleep(chaos.step_s)

@@ -1,18 +1,19 @@
 """What workers wrote down of their slots (`log_slots`), compared with the plan."""
 
-import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
 
 from data_pipeline.run_data import RunData, read_slots
+from ray_jobs.slots import logged_slots
 
 Place = tuple[int, int]  # step, slot
 Seen = tuple[str, list[int], str]  # source, row ids, sha256
@@ -43,7 +44,7 @@ def check(data: RunData, steps: int, attempts: Sequence[Attempt]) -> dict[str, i
     compared = replayed = 0
     for attempt in attempts:
         logged: Counter[Place] = Counter()
-        for entry in logged_entries(attempt.folder):
+        for entry in chain.from_iterable(logged_slots(attempt.folder)[0].values()):
             place = (entry["step"], entry["slot"])
             if (entry["source"], entry["row_ids"], entry["sha256"]) != expected[place]:
                 raise SlotError(f"{attempt}: step and slot {place} are not the plan's: {entry}")
@@ -67,13 +68,6 @@ def _check_committed(attempt: Attempt, logged: Counter[Place], slots_per_step: i
     steps = range(attempt.start, attempt.stop)
     if found != Counter((step, slot) for step in steps for slot in range(slots_per_step)):
         raise SlotError(f"{attempt}: a slot is missing or doubled")
-
-
-def logged_entries(folder: Path) -> Iterator[dict[str, Any]]:
-    """Whole lines; the last one of a killed worker may be torn."""
-    for path in sorted(folder.glob("slots-*.jsonl")):
-        for line in path.read_bytes().split(b"\n")[:-1]:
-            yield json.loads(line)
 
 
 def check_rows(data: RunData, steps: int, slots: dict[Place, Seen]) -> None:
